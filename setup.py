@@ -1,0 +1,32 @@
+"""Reads settings.ini, the one place for the package's metadata, and maps what ships (data/, experiments) into the wheel."""
+
+from configparser import ConfigParser
+from pathlib import Path
+
+from setuptools import setup
+
+here = Path(__file__).parent
+config = ConfigParser(delimiters=["="], interpolation=None)
+config.read(here / "settings.ini", encoding="utf-8")
+cfg = config["DEFAULT"]
+
+setup(
+    name=cfg["lib_name"],
+    version=cfg["version"],
+    description=cfg["description"],
+    long_description=(here / "README.md").read_text(encoding="utf-8") if (here / "README.md").exists() else "",
+    long_description_content_type="text/markdown",
+    author=cfg["author"],
+    keywords=cfg["keywords"].split(),
+    license="Apache-2.0",
+    python_requires=f">={cfg['min_python']}",
+    packages=["aevlp", "aevlp.assets", "aevlp.experiments"],
+    package_dir={"aevlp": "aevlp", "aevlp.assets": "data", "aevlp.experiments": "nbs/experiments"},
+    package_data={
+        "aevlp.assets": ["*.safetensors", "*.json", "*.txt", "*.md", "*/*.txt"],
+        "aevlp.experiments": ["*.ipynb", "*.yaml"],
+    },
+    install_requires=cfg["requirements"].split(),
+    extras_require={"dev": cfg["dev_requirements"].split()},
+    entry_points={"console_scripts": cfg["console_scripts"].split()},
+)
