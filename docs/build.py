@@ -1,0 +1,220 @@
+"""Makes README.md and the documentation site from the notebooks.
+
+    python docs/build.py readme            README.md from nbs/index.ipynb
+    python docs/build.py site [--strict]   docs/_build/html; --strict turns warnings and broken links into errors
+"""
+
+import argparse
+import ast
+import importlib
+import inspect
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+from fastcore.docments import DocmentTbl, MarkdownRenderer
+from nbconvert import MarkdownExporter
+from nbdev.doclinks import NbdevLookup
+
+ROOT = Path(__file__).resolve().parents[1]
+NBS, BUILD = ROOT / "nbs", ROOT / "docs" / "_build"
+DIRECTIVE = re.compile(r"^#\|\s*(\w+)(?:[ :]+(.*))?$")
+
+
+def directives(source):
+    "The `#|` lines of a cell as a dict, and the rest of its source."
+    found, rest = {}, []
+    for line in source.splitlines():
+        match = DIRECTIVE.match(line)
+        if match:
+            found[match[1]] = (match[2] or "").strip()
+        else:
+            rest.append(line)
+    return found, "\n".join(rest).strip()
+
+
+def hidden(found, cell):
+    "Whether a reader should not see this code cell's source."
+    return found.get("echo") == "false" or "hide_input" in found or "injected-parameters" in cell.metadata.get("tags", [])
+
+
+def documented(cell_source, module):
+    "Markdown for the public functions and classes that an exported cell defines, or '' where it has none."
+    parts = []
+    for node in ast.parse(cell_source).body:
+        public = isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_")
+        if not public or not hasattr(module, node.name):
+            continue
+        symbol = getattr(module, node.name)
+        parts.append(symbol_page(symbol, node.name, 3))
+        if inspect.isclass(symbol):
+            methods = [n.name for n in node.body if isinstance(n, ast.FunctionDef) and ast.get_docstring(n)]
+            parts += [symbol_page(getattr(symbol, m), f"{node.name}.{m}", 4) for m in methods if not m.startswith("_")]
+    return "\n\n".join(parts)
+
+
+def symbol_page(symbol, name, level):
+    "Heading, signature, docstring, parameter table and source of one function or class."
+    if isinstance(symbol, property):
+        return f"{'#' * level} {name}\n\n*{inspect.getdoc(symbol)}*"
+    rendered = MarkdownRenderer(symbol, name=name)._repr_markdown_()
+    table = DocmentTbl(symbol)._repr_markdown_()
+    source = "" if level > 3 else f"\n\n:::{{dropdown}} Source\n```python\n{inspect.getsource(symbol).strip()}\n```\n:::"
+    return f"{'#' * level} {name}\n\n{rendered}\n\n{table}{source}"
+
+
+def page_name(path):
+    "nbs/01_losses.ipynb -> losses.ipynb: the reader's address has no number."
+    return re.sub(r"^\d+[a-z]?_", "", Path(path).name)
+
+
+def relink(text, depth):
+    "Links as they work on the site: pages without numbers, figures beside the pages, symbols relative."
+    text = re.sub(r"\]\(((?:\.\./)*(?:[\w-]+/)*)\d+[a-z]?_(\w+)\.ipynb", r"](\1\2.ipynb", text)
+    text = re.sub(r"(\]\(|src=\")\.\./((?:\.\./)*figures/)", r"\1\2", text)
+    text = re.sub(r"\]\(/(\w[\w/]*)\.html(#[^)]*)?\)", lambda m: f"]({'../' * depth}{m[1]}.ipynb)", text)
+    return text
+
+
+def site_notebook(path, lookup):
+    "One notebook as the site shows it: title, prose, pictures; exported cells become API entries."
+    nb = nbformat.read(path, as_version=4)
+    depth = len(path.relative_to(NBS).parts) - 1
+    exports = [directives(c.source)[0].get("default_exp") for c in nb.cells if c.cell_type == "code"]
+    module = next((importlib.import_module(f"aevlp.{e}") for e in exports if e), None)
+    cells = []
+    for cell in nb.cells:
+        if cell.cell_type == "markdown":
+            text = lookup.linkify(re.sub(r"\A(# .*\n+)> (.*)", r"\1*\2*", cell.source))
+            cells.append(nbformat.v4.new_markdown_cell(relink(text, depth)))
+        elif cell.cell_type == "code":
+            found, source = directives(cell.source)
+            if found.keys() & {"hide", "default_exp", "exporti"}:
+                continue
+            if found.keys() & {"export"}:
+                text = documented(source, module) if module else ""
+                if text:
+                    cells.append(nbformat.v4.new_markdown_cell(relink(lookup.linkify(text), depth)))
+                continue
+            cell.source = source
+            cell.metadata["tags"] = ["remove-input"] if hidden(found, cell) else []
+            if source or cell.outputs:
+                cells.append(cell)
+    nb.cells = cells
+    return nb
+
+
+def readme(out):
+    "README.md from the index notebook; links and pictures as they are from the root."
+    nb = nbformat.read(NBS / "index.ipynb", as_version=4)
+    cells = []
+    for cell in nb.cells:
+        found, source = directives(cell.source)
+        if cell.cell_type == "code":
+            if "hide" in found:
+                continue
+            if hidden(found, cell):
+                text = "\n\n".join(o.data["text/markdown"] for o in cell.outputs if "text/markdown" in o.get("data", {}))
+                cell = nbformat.v4.new_markdown_cell(text)
+            else:
+                cell.source = source
+        if cell.cell_type == "markdown":
+            cell.source = re.sub(r"(\]\(|src=\")\.\./", r"\1", cell.source)
+            cell.source = re.sub(r"\]\((?!https?:|#|nbs/)([\w/]+\.ipynb)", r"](nbs/\1", cell.source)
+        cells.append(cell)
+    nb.cells = cells
+    text, _ = MarkdownExporter().from_notebook_node(nb)
+    Path(out).write_text(re.sub(r"\n{3,}", "\n\n", text).strip() + "\n", encoding="utf-8")
+
+
+def vendor(static):
+    "MathJax and the widgets' page manager beside the pages, so that the site works offline; needs npm."
+    if not shutil.which("npm"):
+        print("npm is not installed: formulas and widgets will be loaded from the network")
+        return False
+    packages = {"mathjax@3.2.2": "mathjax/es5", "@jupyter-widgets/html-manager@1.0.15": "@jupyter-widgets/html-manager/dist"}
+    cache = BUILD / "npm"
+    if not all((cache / "node_modules" / p).exists() for p in packages.values()):
+        cache.mkdir(parents=True, exist_ok=True)
+        install = ["npm", "install", "--silent", "--no-audit", "--no-fund", "--prefix", cache, *packages]
+        subprocess.run(install, check=True, stdout=subprocess.DEVNULL)
+    static.mkdir(parents=True, exist_ok=True)
+    modules = cache / "node_modules"
+    shutil.copytree(modules / "mathjax/es5", static / "mathjax", dirs_exist_ok=True)
+    shutil.copy(modules / "@jupyter-widgets/html-manager/dist/embed-amd.js", static)
+    return True
+
+
+def toc(pages):
+    "The site's table of contents, in reading order."
+    def listed(folder):
+        return [p for p in pages if p.parent.name == folder and p.parent != NBS]
+
+    groups = {
+        "Tutorials": listed("tutorials"),
+        "Reference": [p for p in pages if p.parent == NBS and p.name != "index.ipynb"],
+        "The paper's tables and figures": listed("experiments"),
+        "Background": listed("background"),
+    }
+    lines = []
+    for caption, members in groups.items():
+        if members:
+            names = [str(p.relative_to(NBS).with_name(page_name(p)).with_suffix("")) for p in members]
+            lines.append(f"```{{toctree}}\n:hidden:\n:caption: {caption}\n\n" + "\n".join(names) + "\n```")
+    return "\n\n".join(lines)
+
+
+def site(strict):
+    source, html = BUILD / "source", BUILD / "html"
+    shutil.rmtree(source, ignore_errors=True)
+    shutil.copytree(ROOT / "figures", source / "figures")
+    pages = sorted(p for p in NBS.rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
+    lookup = NbdevLookup()
+    for path in pages:
+        nb = site_notebook(path, lookup)
+        if path == NBS / "index.ipynb":
+            nb.cells.append(nbformat.v4.new_markdown_cell(toc(pages)))
+        target = source / path.relative_to(NBS).with_name(page_name(path))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        nbformat.write(nb, target)
+    for extra in ("conf.py", "static"):
+        where = ROOT / "docs" / extra
+        (shutil.copytree if where.is_dir() else shutil.copy)(where, source / extra)
+    offline = vendor(source / "static")
+    env = {**os.environ, "AEVLP_DOCS_OFFLINE": "1" if offline else ""}
+    flags = ["-W", "--keep-going", "-n"] if strict else []
+    command = [sys.executable, "-m", "sphinx", "-q", "-b", "html", "-d", BUILD / "doctrees", *flags, source, html]
+    if subprocess.run(command, env=env).returncode:
+        sys.exit("The site was not built: see the messages above.")
+    broken = broken_links(html)
+    if broken:
+        print("Links to nowhere:", *broken, sep="\n  ")
+        if strict:
+            sys.exit(1)
+    print(f"The site is in {html.relative_to(ROOT)}: open {(html / 'index.html').relative_to(ROOT)}")
+
+
+def broken_links(html):
+    "Local links and pictures of the built pages that lead nowhere, as 'page -> target'."
+    found = []
+    for page in sorted(html.rglob("*.html")):
+        text = page.read_text(encoding="utf-8")
+        for target in set(re.findall(r"(?:href|src)=\"([^\"#?]+)", text)):
+            if re.match(r"(?:[a-z]+:|//)", target):
+                continue
+            if not (page.parent / target).exists():
+                found.append(f"{page.relative_to(html)} -> {target}")
+    return found
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("readme").add_argument("--out", default=ROOT / "README.md")
+    commands.add_parser("site").add_argument("--strict", action="store_true")
+    args = parser.parse_args()
+    readme(args.out) if args.command == "readme" else site(args.strict)
