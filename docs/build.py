@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 import nbformat
-from fastcore.docments import DocmentTbl, MarkdownRenderer
+from fastcore.docments import MarkdownRenderer, docments
 from nbconvert import MarkdownExporter
 from nbdev.doclinks import NbdevLookup
 
@@ -59,12 +59,28 @@ def documented(cell_source, module):
 
 def symbol_page(symbol, name, level):
     "Heading, signature, docstring, parameter table and source of one function or class."
-    if isinstance(symbol, property):
+    if isinstance(symbol, property) or (inspect.isclass(symbol) and "__init__" not in vars(symbol)):
         return f"{'#' * level} {name}\n\n*{inspect.getdoc(symbol)}*"
-    rendered = MarkdownRenderer(symbol, name=name)._repr_markdown_()
-    table = DocmentTbl(symbol)._repr_markdown_()
+    signature = re.sub(r"  *# .*$", "", MarkdownRenderer(symbol, name=name)._repr_markdown_(), flags=re.M)
     source = "" if level > 3 else f"\n\n:::{{dropdown}} Source\n```python\n{inspect.getsource(symbol).strip()}\n```\n:::"
-    return f"{'#' * level} {name}\n\n{rendered}\n\n{table}{source}"
+    return f"{'#' * level} {name}\n\n{signature}\n\n{parameter_table(symbol)}{source}"
+
+
+def parameter_table(symbol):
+    "The documented parameters and the result of a function as a Markdown table, or '' where nothing is said of them."
+    rows = []
+    for name, doc in docments(symbol, full=True).items():
+        if not doc["docment"] or name == "self":
+            continue
+        anno, default = (doc.get(k, inspect.Parameter.empty) for k in ("anno", "default"))
+        kind = "" if anno is inspect.Parameter.empty else f"`{getattr(anno, '__name__', anno)}`"
+        usual = "" if default is inspect.Parameter.empty else f"`{default!r}`"
+        title = "**returns**" if name == "return" else f"`{name}`"
+        rows.append([title, kind, usual, doc["docment"]])
+    if not rows:
+        return ""
+    head = ["parameter", "type", "default", "meaning"]
+    return "\n".join("| " + " | ".join(c.replace("|", "\\|") for c in row) + " |" for row in [head, ["--"] * 4, *rows])
 
 
 def page_name(path):
@@ -201,7 +217,7 @@ def site(strict):
 def broken_links(html):
     "Local links and pictures of the built pages that lead nowhere, as 'page -> target'."
     found = []
-    for page in sorted(html.rglob("*.html")):
+    for page in sorted(p for p in html.rglob("*.html") if "_static" not in p.parts):
         text = page.read_text(encoding="utf-8")
         for target in set(re.findall(r"(?:href|src)=\"([^\"#?]+)", text)):
             if re.match(r"(?:[a-z]+:|//)", target):
