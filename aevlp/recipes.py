@@ -150,7 +150,7 @@ TRAINING = (
     _s('train_head', 'paper 6.1', True),
     _s('backbone', 'paper 6.1: ResNet-50 on ImageNet, torchvision V1 as all SPML repositories', *['resnet50.tv_in1k'] * 4, 'glyphnet'),
     _s('backbone_weights', 'paper 6.1; glyphs: pretrained on letters and digits', *['hub'] * 4, 'shipped'),
-    _s('image_size', 'paper 6.1; glyphs: the size of a scene', 448, 448, 448, 448, 96),
+    _s('image_size', 'paper 6.1; glyphs: what its classifier was pretrained on', 448, 448, 448, 448, 64),
     _s('optimizer', 'paper 6.1', 'adam'),
     _s('weight_decay', 'paper 6.1: none', 0.0),
     _s('early_stop', 'paper 6.1: all epochs, the best by validation mAP', 'none'),
