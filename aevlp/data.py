@@ -6,7 +6,7 @@
 __all__ = ['FORMATS', 'MAX_PIXELS', 'OBSERVATIONS', 'AevlpError', 'progress', 'home', 'shipped', 'decode', 'LabelledImages',
            'sample_single_positives', 'train_val_split', 'observe', 'Images', 'image_loader', 'epoch_order']
 
-# %% ../nbs/03_data.ipynb #adb4b702
+# %% ../nbs/03_data.ipynb #ff97f732
 import hashlib
 import os
 import struct
@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 
 import aevlp
 
-# %% ../nbs/03_data.ipynb #5e08020a
+# %% ../nbs/03_data.ipynb #744c83f6
 class AevlpError(ValueError):
     "Something the user can put right: what was wrong, where, what to do."
 
@@ -37,7 +37,7 @@ def progress(
     "Loop with a bar and the time left; a loop that ends within two seconds shows nothing."
     return tqdm(iterable, desc=desc, total=total, delay=2, leave=False, dynamic_ncols=True)
 
-# %% ../nbs/03_data.ipynb #b6d3839f
+# %% ../nbs/03_data.ipynb #d52893f4
 _PACKAGE = Path(aevlp.__file__).resolve().parent
 
 
@@ -65,8 +65,9 @@ def shipped(
         raise AevlpError(f"{path} is missing, though it comes with aevlp: install the package again")
     return path
 
-# %% ../nbs/03_data.ipynb #c311a3ed
-FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "MPO", "AVIF")
+# %% ../nbs/03_data.ipynb #023fa197
+Image.init()
+FORMATS = tuple(f for f in ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "AVIF") if f in Image.OPEN)
 MAX_PIXELS = 100_000_000  # above: a decompression bomb, or a scan to be scaled down first
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -101,7 +102,7 @@ def _rgb(im) -> Image.Image:
         return Image.alpha_composite(Image.new("RGBA", im.size, "white"), im).convert("RGB")
     return im.convert("RGB")
 
-# %% ../nbs/03_data.ipynb #2df85034
+# %% ../nbs/03_data.ipynb #d8d96740
 def decode(
     path,  # an image file
 ) -> np.ndarray:  # (H, W, 3) uint8
@@ -131,7 +132,7 @@ def decode(
     except Exception as e:  # Pillow's decoders raise a dozen types on broken files
         raise AevlpError(f"{path}: the image cannot be decoded ({type(e).__name__}: {e}); replace it") from e
 
-# %% ../nbs/03_data.ipynb #a4cf20e9
+# %% ../nbs/03_data.ipynb #f5fb6cce
 @dataclass(frozen=True, eq=False)
 class LabelledImages:
     "Pictures, classes, what is observed and what is true, and the splits."
@@ -215,7 +216,7 @@ class LabelledImages:
             }
         return pd.DataFrame(rows).T.rename_axis("split")
 
-# %% ../nbs/03_data.ipynb #4c97230a
+# %% ../nbs/03_data.ipynb #80c74cc0
 def sample_single_positives(
     truth: np.ndarray,  # (N, C) in {0, 1}
     seed: int = 1200,  # of numpy's legacy RandomState
@@ -231,7 +232,7 @@ def sample_single_positives(
         observed[i, positives[:k]] = 1
     return observed
 
-# %% ../nbs/03_data.ipynb #12b153fb
+# %% ../nbs/03_data.ipynb #18d1943d
 def train_val_split(
     n: int,  # images of the official training set
     fraction: float = 0.2,  # for validation
@@ -242,7 +243,7 @@ def train_val_split(
     n_train = n - round(fraction * n)
     return np.sort(order[:n_train]), np.sort(order[n_train:])
 
-# %% ../nbs/03_data.ipynb #00f3621c
+# %% ../nbs/03_data.ipynb #561faef5
 OBSERVATIONS = ("uniform", "size", "frequency", "confidence", "fraction")
 
 
@@ -283,7 +284,7 @@ def _most_confident(positive, scores, k) -> np.ndarray:  # (n, C) int8
     np.put_along_axis(chosen, first, 1, axis=1)
     return chosen * positive
 
-# %% ../nbs/03_data.ipynb #71472f51
+# %% ../nbs/03_data.ipynb #0d1ce5e4
 def observe(
     data: LabelledImages,  # with known truth
     how: str = "uniform",  # one of OBSERVATIONS
@@ -315,7 +316,7 @@ def observe(
             observed[ids] = _weighted(truth, weights[ids], k, rng)
     return replace(data, observed=observed)
 
-# %% ../nbs/03_data.ipynb #067ed0fc
+# %% ../nbs/03_data.ipynb #4ff97420
 class Images(Dataset):
     "Pictures by position, decoded when asked for."
 
