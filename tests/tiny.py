@@ -1,0 +1,143 @@
+"""A tiny training run for the tests that kill processes or start several: coloured shapes and a small network.
+
+`python tiny.py fit RUN METHOD` is one rank of a run; `python tiny.py soak FOLDER KILLS SEED` kills a run again and again.
+"""
+
+import json
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+
+from aevlp.data import LabelledImages, sample_single_positives
+from aevlp.recipes import recipe
+from aevlp.train import fit
+
+COLOURS = ((220, 60, 50), (60, 170, 80), (60, 90, 210), (230, 180, 40), (150, 60, 180))
+TIMES = ("seconds", "images_per_second")
+
+
+def shapes(folder, n=120, seed=0, truth_known=True):
+    """Pictures of 24 x 24 to 40 x 32 pixels with one to three coloured squares; half of them for training."""
+    rng, folder = np.random.default_rng(seed), Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    truth = np.zeros((n, len(COLOURS)), np.int8)
+    paths = [folder / f"{i:03d}.png" for i in range(n)]
+    for i, path in enumerate(paths):
+        width, height = int(rng.integers(24, 41)), int(rng.integers(24, 33))
+        image = Image.fromarray(rng.integers(150, 256, (height, width, 3), dtype=np.uint8))
+        for c in rng.choice(len(COLOURS), rng.integers(1, 4), replace=False):
+            x, y = rng.integers(0, width - 10), rng.integers(0, height - 10)
+            ImageDraw.Draw(image).rectangle((x, y, x + 9, y + 9), fill=COLOURS[c])
+            truth[i, c] = 1
+        if not path.exists():
+            image.save(path)
+    splits = {"train": np.arange(n // 2), "val": np.arange(n // 2, 3 * n // 4), "test": np.arange(3 * n // 4, n)}
+    names = [f"colour {c}" for c in range(len(COLOURS))]
+    paths = [str(p) for p in paths]
+    return LabelledImages("shapes", paths, names, sample_single_positives(truth), truth if truth_known else None, splits)
+
+
+def small(method, **overrides):
+    """A recipe for `shapes`: a few seconds of training."""
+    given = dict(backbone="glyphnet", backbone_weights="none", image_size=32, workers=0, epochs=3, batch_size=8)
+    given |= dict(lr=3e-3, head_lr=3e-3, expected_positives=2.0, random_positives=1.0)
+    return recipe("shapes", method, **given | overrides)
+
+
+def result(run):
+    """Everything a run says, but how long it took."""
+    metrics = json.loads((run / "metrics.json").read_text())
+    history = [line.split(",")[:-2] for line in (run / "history.csv").read_text().splitlines()]
+    predictions = np.load(run / "predictions.npz")
+    pseudo = {p.name: np.load(p)["pseudo"].tolist() for p in sorted((run / "pseudo").iterdir())}
+    metrics = {k: v for k, v in metrics.items() if k not in TIMES}
+    return metrics, history, {k: predictions[k].tolist() for k in predictions}, pseudo, (run / "best.safetensors").read_bytes()
+
+
+def train(run, method, data, **kwargs):
+    return fit(data, method, small(method), 0, run, device="cpu", bank=False, progress=False, **kwargs)
+
+
+def die_at_sync(count):
+    """The process ends, as by a power cut, before its `count`-th fsync: in the middle of writing something."""
+    fsync, calls = os.fsync, iter(range(1, 10**9))
+
+    def sync(handle):
+        if next(calls) == count:
+            os.kill(os.getpid(), signal.SIGKILL)
+        fsync(handle)
+
+    os.fsync = sync
+
+
+def forked(body):
+    """Run `body` in a child; its process id."""
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            body()
+            code = 0
+        finally:
+            sys.stderr.flush()
+            os._exit(code)
+    return pid
+
+
+def killed_after(body, seconds):
+    """Whether a child running `body` was killed after `seconds`, rather than done before."""
+    pid, end = forked(body), time.monotonic() + seconds
+    while time.monotonic() < end:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            return _died(status)
+        time.sleep(0.005)
+    os.kill(pid, signal.SIGKILL)
+    return _died(os.waitpid(pid, 0)[1])
+
+
+def _died(status):
+    if os.WIFSIGNALED(status):
+        return True
+    assert os.WEXITSTATUS(status) == 0, "the run failed"
+    return False
+
+
+def soak(folder, kills, seed, method="gpr+random"):
+    """One run left alone and one killed `kills` times; prints where each kill hit."""
+    torch.set_num_threads(1)
+    folder, rng, data = Path(folder), random.Random(seed), shapes(Path(folder) / "pictures")
+    start = time.monotonic()
+    assert not killed_after(lambda: train(folder / "whole", method, data), 600)
+    whole, run, left = time.monotonic() - start, folder / "killed", kills
+    body = lambda: train(run, method, data, checkpoint_minutes=0)  # noqa: E731  a checkpoint after every step
+    while left:
+        if left % 2:  # while something is written
+            at = rng.randint(1, 30)
+            died = killed_after(lambda at=at: (die_at_sync(at), body()), 600)
+        else:  # at any moment
+            died = killed_after(body, rng.uniform(0.05, 0.6) * whole)
+        where = sorted(p.name for p in (run / "last").glob("*")) if (run / "last").exists() else []
+        print(f"kill {kills - left + 1}: {'killed' if died else 'had ended'}, leaving {where}", flush=True)
+        left -= 1
+        if not died:
+            (run / "metrics.json").unlink()  # it had ended: one more, from its beginning
+    assert not killed_after(body, 600)
+    assert result(run) == result(folder / "whole"), "the killed run ended with other numbers"
+    print(f"same numbers after {kills} kills", flush=True)
+
+
+if __name__ == "__main__":
+    task, folder, *rest = sys.argv[1:]
+    if task == "soak":
+        soak(folder, *map(int, rest))
+    else:
+        torch.set_num_threads(1)
+        train(Path(folder), rest[0], shapes(Path(folder).parent / "pictures"))
