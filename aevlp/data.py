@@ -6,7 +6,7 @@
 __all__ = ['FORMATS', 'MAX_PIXELS', 'OBSERVATIONS', 'AevlpError', 'progress', 'home', 'shipped', 'decode', 'LabelledImages',
            'sample_single_positives', 'train_val_split', 'observe', 'Images', 'image_loader', 'epoch_order']
 
-# %% ../nbs/03_data.ipynb #ff97f732
+# %% ../nbs/03_data.ipynb #bf98bc8c
 import hashlib
 import os
 import struct
@@ -18,13 +18,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from fastcore.basics import patch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 import aevlp
 
-# %% ../nbs/03_data.ipynb #744c83f6
+# %% ../nbs/03_data.ipynb #f5fc9417
 class AevlpError(ValueError):
     "Something the user can put right: what was wrong, where, what to do."
 
@@ -37,7 +38,7 @@ def progress(
     "Loop with a bar and the time left; a loop that ends within two seconds shows nothing."
     return tqdm(iterable, desc=desc, total=total, delay=2, leave=False, dynamic_ncols=True)
 
-# %% ../nbs/03_data.ipynb #d52893f4
+# %% ../nbs/03_data.ipynb #415fbfaa
 _PACKAGE = Path(aevlp.__file__).resolve().parent
 
 
@@ -65,7 +66,7 @@ def shipped(
         raise AevlpError(f"{path} is missing, though it comes with aevlp: install the package again")
     return path
 
-# %% ../nbs/03_data.ipynb #023fa197
+# %% ../nbs/03_data.ipynb #e950f141
 Image.init()
 FORMATS = tuple(f for f in ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "AVIF") if f in Image.OPEN)
 MAX_PIXELS = 100_000_000  # above: a decompression bomb, or a scan to be scaled down first
@@ -102,7 +103,7 @@ def _rgb(im) -> Image.Image:
         return Image.alpha_composite(Image.new("RGBA", im.size, "white"), im).convert("RGB")
     return im.convert("RGB")
 
-# %% ../nbs/03_data.ipynb #d8d96740
+# %% ../nbs/03_data.ipynb #e95ba0ca
 def decode(
     path,  # an image file
 ) -> np.ndarray:  # (H, W, 3) uint8
@@ -132,7 +133,43 @@ def decode(
     except Exception as e:  # Pillow's decoders raise a dozen types on broken files
         raise AevlpError(f"{path}: the image cannot be decoded ({type(e).__name__}: {e}); replace it") from e
 
-# %% ../nbs/03_data.ipynb #f5fb6cce
+# %% ../nbs/03_data.ipynb #71b4c0ca
+def _label_matrix(name, what, values, shape, allowed) -> np.ndarray:  # int8
+    "Labels as int8, or what is wrong with them."
+    values = np.asarray(values)
+    if values.shape != shape:
+        raise AevlpError(f"{name}: {what} has shape {values.shape}, but images x classes is {shape}")
+    wrong = ~np.isin(values, allowed)
+    if wrong.any():
+        row, column = np.argwhere(wrong)[0]
+        raise AevlpError(f"{name}: {what} holds {values[row, column]} at row {row}, column {column}; allowed are {allowed}")
+    return values.astype(np.int8)
+
+
+def _check_splits(name, splits, n):
+    "Known names, sorted positions, no image in two splits."
+    if unknown := set(splits) - {"train", "val", "test"}:
+        raise AevlpError(f"{name}: unknown split {sorted(unknown)[0]!r}; known are train, val, test")
+    for split, ids in splits.items():
+        if ids.ndim != 1 or (len(ids) and (ids.min() < 0 or ids.max() >= n or (np.diff(ids) <= 0).any())):
+            raise AevlpError(f"{name}: split {split} must be sorted positions below {n}, none twice")
+    every = np.concatenate([*splits.values(), np.empty(0, np.int64)])
+    if len(np.unique(every)) != len(every):
+        raise AevlpError(f"{name}: an image is in two splits")
+
+
+def _fingerprint(data) -> str:
+    "Hash of name, classes, file names below their common folder, labels and splits."
+    root = os.path.commonpath({os.path.dirname(p) for p in data.paths}) if len(data) else ""
+    digest = hashlib.sha256(repr((data.name, data.class_names)).encode())
+    digest.update("\n".join(p[len(root) :].lstrip("/") for p in data.paths).encode(errors="surrogateescape"))
+    for labels in (data.observed, data.truth):
+        digest.update(b"none" if labels is None else np.ascontiguousarray(labels).tobytes())
+    for split in sorted(data.splits):
+        digest.update(split.encode() + data.splits[split].astype("<i8").tobytes())
+    return digest.hexdigest()[:12]
+
+# %% ../nbs/03_data.ipynb #2ba30ae1
 @dataclass(frozen=True, eq=False)
 class LabelledImages:
     "Pictures, classes, what is observed and what is true, and the splits."
@@ -146,38 +183,17 @@ class LabelledImages:
     extra: dict = field(default_factory=dict)  # 'object_area' (N, C) float, where known
 
     def __post_init__(self):
-        put = lambda name, value: object.__setattr__(self, name, value)
-        put("paths", np.asarray(self.paths, dtype=str))
-        put("class_names", tuple(map(str, self.class_names)))
-        put("observed", self._labels("observed", self.observed, (-1, 0, 1)))
-        if self.truth is not None:
-            put("truth", self._labels("truth", self.truth, (0, 1)))
-        put("splits", {k: np.asarray(v, dtype=np.int64) for k, v in self.splits.items()})
-        self._check()
-
-    def _labels(self, what, values, allowed) -> np.ndarray:
-        values, shape = np.asarray(values), (len(self.paths), len(self.class_names))
-        if values.shape != shape:
-            raise AevlpError(f"{self.name}: {what} has shape {values.shape}, but images x classes is {shape}")
-        if not np.isin(values, allowed).all():
-            row, column = np.argwhere(~np.isin(values, allowed))[0]
-            raise AevlpError(
-                f"{self.name}: {what} holds {values[row, column]} at row {row}, column {column}; allowed are {allowed}"
-            )
-        return values.astype(np.int8)
-
-    def _check(self):
-        twice = [c for c in set(self.class_names) if self.class_names.count(c) > 1]
-        if twice or not self.class_names:
-            raise AevlpError(f"{self.name}: " + (f"class {twice[0]!r} is named twice" if twice else "no classes"))
-        if unknown := set(self.splits) - {"train", "val", "test"}:
-            raise AevlpError(f"{self.name}: unknown split {sorted(unknown)}; known are train, val, test")
-        for split, ids in self.splits.items():
-            if len(ids) and (ids.min() < 0 or ids.max() >= len(self.paths) or (np.diff(ids) <= 0).any()):
-                raise AevlpError(f"{self.name}: split {split} must be sorted positions below {len(self.paths)}, none twice")
-        every = np.concatenate([*self.splits.values(), np.empty(0, np.int64)])
-        if len(np.unique(every)) != len(every):
-            raise AevlpError(f"{self.name}: an image is in two splits")
+        paths, classes = np.asarray(self.paths, dtype=str), tuple(map(str, self.class_names))
+        shape, truth = (len(paths), len(classes)), self.truth
+        if len(set(classes)) < max(len(classes), 1):
+            raise AevlpError(f"{self.name}: class names must be there and differ, but are {classes[:10]}")
+        splits = {k: np.asarray(v, dtype=np.int64) for k, v in self.splits.items()}
+        _check_splits(self.name, splits, len(paths))
+        observed = _label_matrix(self.name, "observed", self.observed, shape, (-1, 0, 1))
+        truth = None if truth is None else _label_matrix(self.name, "truth", truth, shape, (0, 1))
+        new = dict(paths=paths, class_names=classes, observed=observed, truth=truth, splits=splits)
+        for key, value in new.items():
+            object.__setattr__(self, key, value)
 
     def __len__(self):
         return len(self.paths)
@@ -191,32 +207,30 @@ class LabelledImages:
         return known[self.splits[split]]
 
     @cached_property
-    def fingerprint(self) -> str:
-        "Twelve hex digits of name, classes, file names below the common folder, labels and splits."
-        root = os.path.commonpath({os.path.dirname(p) for p in self.paths}) if len(self) else ""
-        digest = hashlib.sha256(repr((self.name, self.class_names)).encode())
-        digest.update("\n".join(os.path.relpath(p, root) if root else p for p in self.paths).encode())
-        for labels in (self.observed, self.truth):
-            digest.update(b"none" if labels is None else np.ascontiguousarray(labels).tobytes())
-        for split in sorted(self.splits):
-            digest.update(split.encode() + self.splits[split].astype("<i8").tobytes())
-        return digest.hexdigest()[:12]
+    def fingerprint(self) -> str:  # 12 hexadecimal digits
+        "The same for the same data set, wherever its folder is."
+        return _fingerprint(self)
 
-    def summary(self) -> pd.DataFrame:
-        "One row per split: images, positives an image, rows without positive, observed positives an image."
-        rows = {}
-        for split, ids in self.splits.items():
-            targets, seen = self.targets(split), self.observed[ids] == 1
-            rows[split] = {
+# %% ../nbs/03_data.ipynb #f00d0b82
+@patch
+def summary(self: LabelledImages) -> pd.DataFrame:
+    "One row per split: images, positives an image, rows without positive, observed positives an image."
+    rows = []
+    for split, ids in self.splits.items():
+        targets, seen = self.targets(split), self.observed[ids] == 1
+        rows.append(
+            {
+                "split": split,
                 "images": len(ids),
-                "classes with a positive": int(targets.any(0).sum()),
-                "positives per image": targets.sum(1).mean() if len(ids) else np.nan,
-                "rows without positive": int((~targets.any(1)).sum()),
-                "observed positives per image": seen.sum(1).mean() if len(ids) else np.nan,
+                "classes": int(targets.any(0).sum()),
+                "positives per image": round(float(targets.sum(1).mean()), 2) if len(ids) else np.nan,
+                "without positive": int((~targets.any(1)).sum()),
+                "observed per image": round(float(seen.sum(1).mean()), 2) if len(ids) else np.nan,
             }
-        return pd.DataFrame(rows).T.rename_axis("split")
+        )
+    return pd.DataFrame(rows).set_index("split")
 
-# %% ../nbs/03_data.ipynb #80c74cc0
+# %% ../nbs/03_data.ipynb #5b066534
 def sample_single_positives(
     truth: np.ndarray,  # (N, C) in {0, 1}
     seed: int = 1200,  # of numpy's legacy RandomState
@@ -232,7 +246,7 @@ def sample_single_positives(
         observed[i, positives[:k]] = 1
     return observed
 
-# %% ../nbs/03_data.ipynb #18d1943d
+# %% ../nbs/03_data.ipynb #a069cb47
 def train_val_split(
     n: int,  # images of the official training set
     fraction: float = 0.2,  # for validation
@@ -243,7 +257,7 @@ def train_val_split(
     n_train = n - round(fraction * n)
     return np.sort(order[:n_train]), np.sort(order[n_train:])
 
-# %% ../nbs/03_data.ipynb #561faef5
+# %% ../nbs/03_data.ipynb #b85782a8
 OBSERVATIONS = ("uniform", "size", "frequency", "confidence", "fraction")
 
 
@@ -284,7 +298,7 @@ def _most_confident(positive, scores, k) -> np.ndarray:  # (n, C) int8
     np.put_along_axis(chosen, first, 1, axis=1)
     return chosen * positive
 
-# %% ../nbs/03_data.ipynb #0d1ce5e4
+# %% ../nbs/03_data.ipynb #988bbf46
 def observe(
     data: LabelledImages,  # with known truth
     how: str = "uniform",  # one of OBSERVATIONS
@@ -316,7 +330,7 @@ def observe(
             observed[ids] = _weighted(truth, weights[ids], k, rng)
     return replace(data, observed=observed)
 
-# %% ../nbs/03_data.ipynb #4ff97420
+# %% ../nbs/03_data.ipynb #95e24fe8
 class Images(Dataset):
     "Pictures by position, decoded when asked for."
 
@@ -341,7 +355,7 @@ class _ImageLoader(DataLoader):
         except AevlpError as e:  # a worker's error carries its traceback as text: keep the sentence
             raise AevlpError(str(e).rsplit("AevlpError: ", 1)[-1].strip()) from None
 
-
+# %% ../nbs/03_data.ipynb #52cb27b3
 def image_loader(
     data: LabelledImages,
     ids,  # (n,) positions in `data`
@@ -364,7 +378,7 @@ def image_loader(
 
 def epoch_order(
     ids,  # (n,) positions
-    seed: int,
+    seed: int,  # of the run
     epoch: int,  # from 1
 ) -> np.ndarray:  # (n,) int64
     "The positions as an epoch visits them: a function of seed and epoch, so that a resumed run sees the same."
