@@ -19,15 +19,24 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .data import AevlpError, shipped
+from .glyphs import STUDENT_WEIGHTS  # registers glyphnet with timm
 
 # %% ../nbs/11_models.ipynb #e228c01f
+def _made(make, name):
+    "`make()`, with what goes wrong in one sentence"
+    try: return make()
+    except OSError as e:
+        raise AevlpError(f"the weights of '{name}' cannot be fetched ({_first_line(e)}); without a network give a file: backbone_weights=FILE.") from e
+    except (RuntimeError, ValueError) as e:
+        raise AevlpError(f"backbone '{name}' cannot be built ({_first_line(e)}); timm.list_models() and open_clip.list_models() name those that can.") from e
+
+def _first_line(error): return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip('.')
+
 class _Timm(nn.Module):
     "A timm model without its classifier"
-    def __init__(self, name, image_size, **kwargs):
+    def __init__(self, name, **kwargs):
         super().__init__()
-        try: self.net = timm.create_model(name, num_classes=0, **kwargs)
-        except (RuntimeError, ValueError) as e:
-            raise AevlpError(f"backbone '{name}' cannot be built ({_first_line(e)}); timm.list_models() names those that can.") from e
+        self.net = _made(lambda: timm.create_model(name, num_classes=0, **kwargs), name)
         self.cfg, self.prefix = self.net.pretrained_cfg, getattr(self.net, 'num_prefix_tokens', 0)
         self.channels = self.net.num_features
         self.pooled_channels = getattr(self.net, 'head_hidden_size', None) or self.channels
@@ -43,10 +52,9 @@ class _Timm(nn.Module):
 
 class _ClipTower(nn.Module):
     "The image tower of an open_clip model"
-    def __init__(self, name, image_size, pretrained):
+    def __init__(self, name, image_size, pretrained):  # open_clip's name, S, tag or file
         super().__init__()
-        try: clip = open_clip.create_model(name, pretrained=pretrained, force_image_size=image_size)
-        except (RuntimeError, ValueError) as e: raise AevlpError(f"clip:{name} with weights '{pretrained}' cannot be built ({_first_line(e)}).") from e
+        clip = _made(lambda: open_clip.create_model(name, pretrained=pretrained, force_image_size=image_size), f'clip:{name}')
         self.net = clip.visual
         self.cfg = dict(mean=self.net.preprocess_cfg['mean'], std=self.net.preprocess_cfg['std'])
         self.pooled_channels = self.net.output_dim
@@ -54,8 +62,6 @@ class _ClipTower(nn.Module):
     def forward(self, x): return self.net(x)
 
     def map(self, x): raise AevlpError('a CLIP image tower gives no map; BoostLU and MIME need a timm backbone (ViT-L/14: vit_large_patch14_clip_224.openai).')
-
-def _first_line(error): return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 # %% ../nbs/11_models.ipynb #0bc5dd0c
 _WRAPPERS, _PREFIXES = ('state_dict', 'model', 'model_state_dict'), ('module.', 'backbone.', 'net.')
@@ -92,14 +98,12 @@ def load_backbone(backbone, path):  # a module, its weight file
 def build_backbone(recipe):
     "The backbone of `recipe` with its weights"
     name, weights, size = recipe.backbone, recipe.backbone_weights, recipe.image_size
-    hub = weights == 'hub'
     if name.startswith('clip:'):
-        backbone = _ClipTower(*name.removeprefix('clip:').partition('/')[::2][:1], size, (name.partition('/')[2] or 'openai') if hub else None)
-    else:
-        if name == 'glyphnet': import aevlp.glyphs  # registers it with timm
-        fixed = (timm.get_pretrained_cfg(name, allow_unregistered=True) or {}) and timm.get_pretrained_cfg(name).fixed_input_size
-        backbone = _Timm(name, size, pretrained=hub, **({'img_size': size} if fixed else {}))
-    if weights == 'shipped': load_backbone(backbone, shipped('glyphs_student.safetensors'))
+        return _ClipTower(name.removeprefix('clip:'), size, {'hub': 'openai', 'none': None}.get(weights, weights))
+    known = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
+    fixed = {'img_size': size} if known and known.fixed_input_size else {}
+    backbone = _Timm(name, pretrained=weights == 'hub', **fixed)
+    if weights == 'shipped': load_backbone(backbone, shipped(STUDENT_WEIGHTS))
     elif weights not in ('hub', 'none'): load_backbone(backbone, weights)
     return backbone
 
