@@ -9,6 +9,7 @@ __all__ = ['DATASETS', 'TRAINING', 'LOSSES', 'SINGLE', 'DAMP', 'SWITCHES', 'OWN'
 
 # %% ../nbs/09_recipes.ipynb #befc6560
 import difflib
+import math
 from dataclasses import asdict, dataclass, fields
 
 import pandas as pd
@@ -347,7 +348,7 @@ def _typed(key, value):
 def _check(key, value):
     "A sentence if `value` is out of the range of field `key`"
     if key in _CHOICES and value not in _CHOICES[key]: raise AevlpError(f"{key}={value!r} should be one of {', '.join(map(str, _CHOICES[key]))}.")
-    if isinstance(value, float) and value != value: raise AevlpError(f'{key} is not a number.')
+    if isinstance(value, float) and not math.isfinite(value): raise AevlpError(f'{key}={value} is not a finite number.')
     if key in _AT_LEAST and value < _AT_LEAST[key]: raise AevlpError(f'{key}={value} should be at least {_AT_LEAST[key]}.')
     if key in _ABOVE_0 and value <= 0: raise AevlpError(f'{key}={value} should be above 0.')
     if key in _UNIT and not 0 <= value <= 1: raise AevlpError(f'{key}={value} should be between 0 and 1.')
@@ -386,11 +387,12 @@ def recipe(dataset,             # 'voc', 'coco', 'nus', 'cub', 'glyphs'; any oth
     return Recipe(**{k: v for k, (v, _) in _sourced(dataset, method, fidelity, data, overrides).items()})
 
 def _sourced(dataset, method, fidelity, data, overrides):
+    "{field: (value, source)} with estimates and overrides, checked"
     out = _resolve(dataset, method, fidelity)
     if data is not None and dataset not in DATASETS: out |= {k: (v, 'validation split') for k, v in estimates(data).items()}
     overrides = {k: _typed(k, v) for k, v in overrides.items()}
     backbone = overrides.get('backbone', out['backbone'][0])
-    if fidelity == 'released' and not backbone.startswith(('resnet50.', 'resnet50', 'glyphnet')):
+    if fidelity == 'released' and not backbone.startswith(('resnet50', 'glyphnet')):
         if backbone.startswith('convnext'): out['head_lr'] = (out['lr'][0], 'AEVLP code (paper differs, item 6)')
         else: out['train_head'] = (False, 'AEVLP code (paper differs, item 6)')
     out |= {k: (v, 'override') for k, v in overrides.items()}
