@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NAMES', 'ARCHIVES', 'class_names', 'load', 'check', 'Archive', 'fetch']
 
-# %% ../nbs/04_benchmarks.ipynb #4842c2ba
+# %% ../nbs/04_benchmarks.ipynb #e24ef8b7
 import csv as csv_module
 import difflib
 import hashlib
@@ -40,7 +40,7 @@ from aevlp.data import (
     train_val_split,
 )
 
-# %% ../nbs/04_benchmarks.ipynb #16de4dac
+# %% ../nbs/04_benchmarks.ipynb #93a2ea0f
 NAMES = ("glyphs", "voc", "coco", "nus", "cub", "npy", "csv")
 
 
@@ -79,7 +79,7 @@ def class_names(
     names = shipped(f"classnames/{name}.txt").read_text(encoding="utf-8").split("\n")[:-1]
     return tuple(_cub_name(n, fidelity) for n in names) if name == "cub" else tuple(names)
 
-# %% ../nbs/04_benchmarks.ipynb #b0ccf84e
+# %% ../nbs/04_benchmarks.ipynb #0f6f5f6e
 class _Folder:
     "Finds files below a root, each folder listed once."
 
@@ -159,7 +159,7 @@ def _text(path) -> str:
         line = data.count(b"\n", 0, e.start) + 1
         raise AevlpError(f"{path}, line {line}: not UTF-8 (byte 0x{data[e.start]:02x}); save the file as UTF-8") from None
 
-# %% ../nbs/04_benchmarks.ipynb #75b7f9bd
+# %% ../nbs/04_benchmarks.ipynb #15912632
 def _csv_rows(path) -> tuple:  # header, [(line number, cells)]
     "The cells of a comma-separated file; blank lines are left out."
     reader = csv_module.reader(io.StringIO(_text(path), newline=""), strict=True)
@@ -245,7 +245,7 @@ def _csv_truth(rows, names, classes, problems) -> tuple:  # class names, (n, C) 
             truth[i] = 1
     return [names[j] for j in at], truth
 
-# %% ../nbs/04_benchmarks.ipynb #b743be11
+# %% ../nbs/04_benchmarks.ipynb #1bdf962a
 def _csv_splits(rows, names, problems) -> dict:
     "From the column `split`, else 60/20/20; without 'val' a fifth of the training pictures is kept for it."
     if "split" not in names:
@@ -313,7 +313,7 @@ def _class_list(classes):
         return classes
     return [line.strip() for line in _text(classes).splitlines() if line.strip()]
 
-# %% ../nbs/04_benchmarks.ipynb #8f610cc2
+# %% ../nbs/04_benchmarks.ipynb #e44a7c7a
 def _npy(path) -> np.ndarray:
     "An array of numbers or strings; never an object array, never more than the file holds."
     try:
@@ -392,7 +392,7 @@ def _names_by_number(root, columns, fidelity) -> tuple:
             return class_names(name, fidelity)
     raise AevlpError(f"{root}: the labels have {columns} classes, whose names are not known; name them with classes=FILE")
 
-# %% ../nbs/04_benchmarks.ipynb #bd0a8ed1
+# %% ../nbs/04_benchmarks.ipynb #bd3e7b47
 def _official(
     name,
     folder,  # of the images
@@ -432,7 +432,7 @@ def _base(root, candidates, holds) -> Path:
     tried = ", ".join(str(root / c / holds) for c in candidates)
     raise AevlpError(f"{root / candidates[0] / holds} is missing (looked for {tried})")
 
-# %% ../nbs/04_benchmarks.ipynb #466aa5ba
+# %% ../nbs/04_benchmarks.ipynb #abec5d72
 _VOC_BASES = ("VOCdevkit/VOC2012", "", "VOC2012")
 
 
@@ -477,7 +477,7 @@ def _voc(root, fidelity="paper", object_area=False) -> LabelledImages:
     parts = [([f"{i}.jpg" for i in ids], truth) for ids, truth in lists]
     return _official("voc", base / "JPEGImages", classes, parts, areas=areas)
 
-# %% ../nbs/04_benchmarks.ipynb #4e431a01
+# %% ../nbs/04_benchmarks.ipynb #965e86b9
 def _coco_part(path, folder) -> tuple:  # image names, (n, C) int8, (n, C) square pixels, class names
     "One instances_*.json."
     try:
@@ -509,10 +509,12 @@ def _coco(root, fidelity="paper", object_area=False) -> LabelledImages:
         raise AevlpError(f"{base}/annotations: the two instances files name different categories; extract the archive again")
     return _official("coco", root, train[3], [train[:2], test[:2]], areas=[train[2], test[2]])
 
-# %% ../nbs/04_benchmarks.ipynb #5c8da827
-def _nus_find(root, *candidates) -> Path:
-    return _base(root, ("", "Groundtruth", "ImageList", "ConceptsList", "NUS-WIDE", "NUS-WIDE/Groundtruth",
-                        "NUS-WIDE/ConceptsList", "NUS-WIDE/ImageList"), candidates[0]) / candidates[0]
+# %% ../nbs/04_benchmarks.ipynb #b4d921c7
+_NUS_FOLDERS = [f"{top}{sub}" for top in ("", "NUS-WIDE/") for sub in ("", "Groundtruth", "ImageList", "ConceptsList")]
+
+
+def _nus_find(root, holds) -> Path:
+    return _base(root, _NUS_FOLDERS, holds) / holds
 
 
 def _nus_column(path, rows) -> np.ndarray:  # (rows,) int8
@@ -559,7 +561,7 @@ def _nus_all_labels(root, classes, lists) -> list:
             raise AevlpError(f"{every} does not list {unknown}, which the training or test list has")
     return [(names, truth[[order[n] for n in names]]) for names in lists]
 
-# %% ../nbs/04_benchmarks.ipynb #61dc341e
+# %% ../nbs/04_benchmarks.ipynb #88b5ce53
 def _cub_table(path, fields) -> list:  # of tuples of str
     "Lines of `fields` words."
     rows = [(n, line.split()) for n, line in enumerate(_text(path).splitlines(), 1) if line.strip()]
@@ -604,7 +606,7 @@ def _cub(root, fidelity="paper", object_area=False) -> LabelledImages:
     parts = [([images[i][1] for i in np.flatnonzero(part)], truth[part]) for part in (training, ~training)]
     return _official("cub", base / "images", [_cub_name(a[1], fidelity) for a in attributes], parts)
 
-# %% ../nbs/04_benchmarks.ipynb #e747793e
+# %% ../nbs/04_benchmarks.ipynb #9a88cab1
 _READERS = {"voc": _voc, "coco": _coco, "nus": _nus, "cub": _cub, "npy": _formatted, "csv": _csv}
 
 
@@ -646,7 +648,7 @@ def load(
         data = _READERS[name](root, fidelity=fidelity, object_area=wanted.get("how") == "size", **kw)
     return observe(data, **wanted) if wanted else data
 
-# %% ../nbs/04_benchmarks.ipynb #48bd0622
+# %% ../nbs/04_benchmarks.ipynb #a56b4ad3
 _EXPECTED = {  # official training images, test images, classes, positives per image, rows without positive (training, test)
     "voc": (5717, 5823, 20, 1.5, 0, 0),
     "coco": (82081, 40137, 80, 2.9, 0, 0),
@@ -672,9 +674,9 @@ def _needed(name, root) -> list:  # paths
         attributes = next((p for c in ("..", "attributes", "") if (p := cub / c / "attributes.txt").exists()), cub.parent / "attributes.txt")
         rest = ("images.txt", "train_test_split.txt", "attributes/image_attribute_labels.txt", "images")
         return [attributes, *(cub / r for r in rest)]
+    official = any((root / folder / "Concepts81.txt").exists() for folder in _NUS_FOLDERS)
     formatted = [root / f"formatted_{p}_{what}.npy" for p in ("train", "val") for what in ("images", "labels")]
-    official = list(root.glob("**/Concepts81.txt"))
-    return ([] if official and name == "nus" else formatted) + ([root / "Flickr"] if name == "nus" else [])
+    return [*([] if official else formatted), base(("", "NUS-WIDE"), "Flickr") / "Flickr"]
 
 
 def _counts(name, data) -> list:  # rows of (what, found, expected)
@@ -695,7 +697,7 @@ def _counts(name, data) -> list:  # rows of (what, found, expected)
         ("observed positives per image, train", round(float((data.observed[data.splits["train"]] == 1).sum(1).mean()), 3), None),
     ]
 
-# %% ../nbs/04_benchmarks.ipynb #576c8cab
+# %% ../nbs/04_benchmarks.ipynb #b96da274
 def check(
     name: str,  # one of NAMES
     root=None,  # folder of the data set; default `home()/name`
@@ -716,7 +718,7 @@ def check(
     frame["ok"] = [e is None or f == e for f, e in zip(frame["found"], frame["expected"])]
     return frame.where(frame.notna(), "")
 
-# %% ../nbs/04_benchmarks.ipynb #f6e492d2
+# %% ../nbs/04_benchmarks.ipynb #7744c9d3
 @dataclass(frozen=True)
 class Archive:
     "A file to download and unpack."
@@ -757,7 +759,7 @@ _NUS_HOW = (
     "(or the official Groundtruth, ImageList and ConceptsList folders) into {root}, then run `aevlp data check nus`"
 )
 
-# %% ../nbs/04_benchmarks.ipynb #63c54e43
+# %% ../nbs/04_benchmarks.ipynb #38f3aa8c
 def _transfer(url, part, timeout):
     "Append what is missing of a file; raises OSError when the connection breaks before the end."
     have = part.stat().st_size if part.exists() else 0
@@ -810,7 +812,7 @@ def _verify(archive, part):
             part.unlink()
             raise AevlpError(f"{archive.url}: {kind} {found} instead of {wanted}; the file was deleted, run it again")
 
-# %% ../nbs/04_benchmarks.ipynb #42198623
+# %% ../nbs/04_benchmarks.ipynb #71b2428c
 def _extract(path, root):
     "Unpack a tar or zip below root, and nowhere else."
     try:
