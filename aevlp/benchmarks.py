@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NAMES', 'ARCHIVES', 'class_names', 'load', 'check', 'Archive', 'fetch']
 
-# %% ../nbs/04_benchmarks.ipynb #e24ef8b7
+# %% ../nbs/04_benchmarks.ipynb #69f267fe
 import csv as csv_module
 import difflib
 import hashlib
@@ -40,7 +40,7 @@ from aevlp.data import (
     train_val_split,
 )
 
-# %% ../nbs/04_benchmarks.ipynb #93a2ea0f
+# %% ../nbs/04_benchmarks.ipynb #cede1f04
 NAMES = ("glyphs", "voc", "coco", "nus", "cub", "npy", "csv")
 
 
@@ -79,7 +79,7 @@ def class_names(
     names = shipped(f"classnames/{name}.txt").read_text(encoding="utf-8").split("\n")[:-1]
     return tuple(_cub_name(n, fidelity) for n in names) if name == "cub" else tuple(names)
 
-# %% ../nbs/04_benchmarks.ipynb #0f6f5f6e
+# %% ../nbs/04_benchmarks.ipynb #e38280a6
 class _Folder:
     "Finds files below a root, each folder listed once."
 
@@ -136,7 +136,7 @@ class _Folder:
     def path(self, normal: str) -> str:
         return os.path.join(self.root, normal)
 
-
+# %% ../nbs/04_benchmarks.ipynb #023b1814
 def _report(where, problems):
     "Raise the first ten problems at once, if there are any."
     if problems:
@@ -159,7 +159,7 @@ def _text(path) -> str:
         line = data.count(b"\n", 0, e.start) + 1
         raise AevlpError(f"{path}, line {line}: not UTF-8 (byte 0x{data[e.start]:02x}); save the file as UTF-8") from None
 
-# %% ../nbs/04_benchmarks.ipynb #15912632
+# %% ../nbs/04_benchmarks.ipynb #c7990089
 def _csv_rows(path) -> tuple:  # header, [(line number, cells)]
     "The cells of a comma-separated file; blank lines are left out."
     reader = csv_module.reader(io.StringIO(_text(path), newline=""), strict=True)
@@ -196,7 +196,7 @@ def _csv_header(path, header) -> list:
         raise AevlpError(f"{where}: no labels; add a column 'label', or one column of 0/1 per class")
     return names
 
-
+# %% ../nbs/04_benchmarks.ipynb #430f4502
 def _csv_images(folder, rows, at, problems) -> list:
     "The picture of every row, '' where something is wrong with it."
     images, seen = [], {}
@@ -225,7 +225,7 @@ def _csv_single(rows, at, classes, problems) -> tuple:  # class names, (n, C) in
             problems.append((line, f"unknown label {label!r}; {_nearest(label, known)}" if label else "no label"))
     return known, observed
 
-
+# %% ../nbs/04_benchmarks.ipynb #41a73077
 def _csv_truth(rows, names, classes, problems) -> tuple:  # class names, (n, C) int8
     "Columns of 0 and 1."
     at = [i for i, n in enumerate(names) if n not in ("image", "split")]
@@ -245,7 +245,7 @@ def _csv_truth(rows, names, classes, problems) -> tuple:  # class names, (n, C) 
             truth[i] = 1
     return [names[j] for j in at], truth
 
-# %% ../nbs/04_benchmarks.ipynb #1bdf962a
+# %% ../nbs/04_benchmarks.ipynb #eb5e6063
 def _csv_splits(rows, names, problems) -> dict:
     "From the column `split`, else 60/20/20; without 'val' a fifth of the training pictures is kept for it."
     if "split" not in names:
@@ -271,7 +271,7 @@ def _csv_splits(rows, names, problems) -> dict:
             problems.append((1, f"no row is left for split {split!r}"))
     return ids
 
-
+# %% ../nbs/04_benchmarks.ipynb #1ae79bce
 def _csv(root, fidelity="paper", object_area=False, csv=None, classes=None) -> LabelledImages:
     "A folder of pictures with a table of labels."
     folder = _Folder(root)
@@ -313,7 +313,7 @@ def _class_list(classes):
         return classes
     return [line.strip() for line in _text(classes).splitlines() if line.strip()]
 
-# %% ../nbs/04_benchmarks.ipynb #e44a7c7a
+# %% ../nbs/04_benchmarks.ipynb #2a443b53
 def _npy(path) -> np.ndarray:
     "An array of numbers or strings; never an object array, never more than the file holds."
     try:
@@ -351,7 +351,7 @@ def _npy_images(path) -> list:
     except UnicodeDecodeError:
         raise AevlpError(f"{path} holds file names that are not UTF-8") from None
 
-
+# %% ../nbs/04_benchmarks.ipynb #a6e2a318
 _IMAGE_FOLDERS = (
     "",
     "images",
@@ -392,7 +392,7 @@ def _names_by_number(root, columns, fidelity) -> tuple:
             return class_names(name, fidelity)
     raise AevlpError(f"{root}: the labels have {columns} classes, whose names are not known; name them with classes=FILE")
 
-# %% ../nbs/04_benchmarks.ipynb #bd3e7b47
+# %% ../nbs/04_benchmarks.ipynb #7fee0a50
 def _official(
     name,
     folder,  # of the images
@@ -432,7 +432,7 @@ def _base(root, candidates, holds) -> Path:
     tried = ", ".join(str(root / c / holds) for c in candidates)
     raise AevlpError(f"{root / candidates[0] / holds} is missing (looked for {tried})")
 
-# %% ../nbs/04_benchmarks.ipynb #abec5d72
+# %% ../nbs/04_benchmarks.ipynb #ea2d51d3
 _VOC_BASES = ("VOCdevkit/VOC2012", "", "VOC2012")
 
 
@@ -477,7 +477,7 @@ def _voc(root, fidelity="paper", object_area=False) -> LabelledImages:
     parts = [([f"{i}.jpg" for i in ids], truth) for ids, truth in lists]
     return _official("voc", base / "JPEGImages", classes, parts, areas=areas)
 
-# %% ../nbs/04_benchmarks.ipynb #965e86b9
+# %% ../nbs/04_benchmarks.ipynb #cd58b14d
 def _coco_part(path, folder) -> tuple:  # image names, (n, C) int8, (n, C) square pixels, class names
     "One instances_*.json."
     try:
@@ -509,7 +509,7 @@ def _coco(root, fidelity="paper", object_area=False) -> LabelledImages:
         raise AevlpError(f"{base}/annotations: the two instances files name different categories; extract the archive again")
     return _official("coco", root, train[3], [train[:2], test[:2]], areas=[train[2], test[2]])
 
-# %% ../nbs/04_benchmarks.ipynb #b4d921c7
+# %% ../nbs/04_benchmarks.ipynb #e40c95f1
 _NUS_FOLDERS = [f"{top}{sub}" for top in ("", "NUS-WIDE/") for sub in ("", "Groundtruth", "ImageList", "ConceptsList")]
 
 
@@ -550,7 +550,7 @@ def _nus(root, fidelity="paper", object_area=False) -> LabelledImages:
             parts.append((names, np.stack(columns, 1)))
     return _official("nus", _base(root, ("", "NUS-WIDE"), "Flickr") / "Flickr", classes, parts)
 
-
+# %% ../nbs/04_benchmarks.ipynb #8d5baea3
 def _nus_all_labels(root, classes, lists) -> list:
     "AllLabels/ in the order of Imagelist.txt, cut into the two official lists."
     labels, every = _nus_find(root, "AllLabels"), _nus_find(root, "Imagelist.txt")
@@ -561,7 +561,7 @@ def _nus_all_labels(root, classes, lists) -> list:
             raise AevlpError(f"{every} does not list {unknown}, which the training or test list has")
     return [(names, truth[[order[n] for n in names]]) for names in lists]
 
-# %% ../nbs/04_benchmarks.ipynb #88b5ce53
+# %% ../nbs/04_benchmarks.ipynb #6b1511a2
 def _cub_table(path, fields) -> list:  # of tuples of str
     "Lines of `fields` words."
     rows = [(n, line.split()) for n, line in enumerate(_text(path).splitlines(), 1) if line.strip()]
@@ -606,7 +606,7 @@ def _cub(root, fidelity="paper", object_area=False) -> LabelledImages:
     parts = [([images[i][1] for i in np.flatnonzero(part)], truth[part]) for part in (training, ~training)]
     return _official("cub", base / "images", [_cub_name(a[1], fidelity) for a in attributes], parts)
 
-# %% ../nbs/04_benchmarks.ipynb #9a88cab1
+# %% ../nbs/04_benchmarks.ipynb #41a90573
 _READERS = {"voc": _voc, "coco": _coco, "nus": _nus, "cub": _cub, "npy": _formatted, "csv": _csv}
 
 
@@ -648,7 +648,7 @@ def load(
         data = _READERS[name](root, fidelity=fidelity, object_area=wanted.get("how") == "size", **kw)
     return observe(data, **wanted) if wanted else data
 
-# %% ../nbs/04_benchmarks.ipynb #a56b4ad3
+# %% ../nbs/04_benchmarks.ipynb #63e00269
 _EXPECTED = {  # official training images, test images, classes, positives per image, rows without positive (training, test)
     "voc": (5717, 5823, 20, 1.5, 0, 0),
     "coco": (82081, 40137, 80, 2.9, 0, 0),
@@ -678,7 +678,7 @@ def _needed(name, root) -> list:  # paths
     formatted = [root / f"formatted_{p}_{what}.npy" for p in ("train", "val") for what in ("images", "labels")]
     return [*([] if official else formatted), base(("", "NUS-WIDE"), "Flickr") / "Flickr"]
 
-
+# %% ../nbs/04_benchmarks.ipynb #a395f90d
 def _counts(name, data) -> list:  # rows of (what, found, expected)
     "What the papers state of a benchmark, counted."
     official = np.sort(np.concatenate([data.splits["train"], data.splits["val"]]))
@@ -697,7 +697,7 @@ def _counts(name, data) -> list:  # rows of (what, found, expected)
         ("observed positives per image, train", round(float((data.observed[data.splits["train"]] == 1).sum(1).mean()), 3), None),
     ]
 
-# %% ../nbs/04_benchmarks.ipynb #b96da274
+# %% ../nbs/04_benchmarks.ipynb #da857808
 def check(
     name: str,  # one of NAMES
     root=None,  # folder of the data set; default `home()/name`
@@ -714,11 +714,10 @@ def check(
             rows = _counts(name, load(name, root, **kw))
         except AevlpError as e:
             rows = [("readable", str(e), "yes")]
-    frame = pd.DataFrame(rows, columns=["what", "found", "expected"]).set_index("what").astype(object)
-    frame["ok"] = [e is None or f == e for f, e in zip(frame["found"], frame["expected"])]
-    return frame.where(frame.notna(), "")
+    rows = [(what, found, "" if wanted is None else wanted, wanted in (None, found)) for what, found, wanted in rows]
+    return pd.DataFrame(rows, columns=["what", "found", "expected", "ok"], dtype=object).set_index("what")
 
-# %% ../nbs/04_benchmarks.ipynb #7744c9d3
+# %% ../nbs/04_benchmarks.ipynb #a47420e1
 @dataclass(frozen=True)
 class Archive:
     "A file to download and unpack."
@@ -759,7 +758,7 @@ _NUS_HOW = (
     "(or the official Groundtruth, ImageList and ConceptsList folders) into {root}, then run `aevlp data check nus`"
 )
 
-# %% ../nbs/04_benchmarks.ipynb #38f3aa8c
+# %% ../nbs/04_benchmarks.ipynb #df3354b4
 def _transfer(url, part, timeout):
     "Append what is missing of a file; raises OSError when the connection breaks before the end."
     have = part.stat().st_size if part.exists() else 0
@@ -801,7 +800,7 @@ def _download(archive, path, tries=6, pause=1.0, timeout=30):
     _verify(archive, part)
     os.replace(part, path)
 
-
+# %% ../nbs/04_benchmarks.ipynb #bc94decf
 def _verify(archive, part):
     "Compare with the known checksum; a wrong file is deleted."
     if archive.checksum:
@@ -812,7 +811,7 @@ def _verify(archive, part):
             part.unlink()
             raise AevlpError(f"{archive.url}: {kind} {found} instead of {wanted}; the file was deleted, run it again")
 
-# %% ../nbs/04_benchmarks.ipynb #71b2428c
+# %% ../nbs/04_benchmarks.ipynb #2f31b268
 def _extract(path, root):
     "Unpack a tar or zip below root, and nowhere else."
     try:
@@ -836,7 +835,7 @@ def _extract(path, root):
         path.unlink()
         raise AevlpError(f"{path} is damaged ({e}) and was deleted; run it again") from None
 
-
+# %% ../nbs/04_benchmarks.ipynb #a1d0e0a9
 def fetch(
     name: str,  # 'voc', 'coco' or 'cub'; 'nus' says what to ask for
     root=None,  # where to; default `home()/name`
