@@ -38,7 +38,7 @@ def positives(
     global_threshold,  # zeta global, in [0, 1]
 ) -> Tensor:  # (B, C) bool
     "Classes that are among the `top_k` and reach the threshold"
-    best = final.argsort(1, descending=True, stable=True)[:, :top_k]
+    best = final.argsort(dim=1, descending=True, stable=True)[:, :top_k]
     return torch.zeros_like(final, dtype=torch.bool).scatter_(1, best, True) & (final >= global_threshold)
 
 # %% ../nbs/02_damp.ipynb #7675cf6b
@@ -53,7 +53,7 @@ def negatives(
     if negative_ratio == 0: return torch.zeros_like(average, dtype=torch.bool)
     classes, exact = average.shape[1], 1e-9  # 0.29 * 100 is 28.999999999999996
     if rule == 'floor':
-        lowest = average.argsort(1, stable=True)[:, :int(negative_ratio * classes + exact)]
+        lowest = average.argsort(dim=1, stable=True)[:, :int(negative_ratio * classes + exact)]
         return torch.zeros_like(average, dtype=torch.bool).scatter_(1, lowest, True)
     rank = int(negative_ratio * (classes - 1) + exact)
     return average <= average.sort(1).values[:, rank, None]
