@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 import os
+import pickle
 import random
 import shutil
 import time
@@ -32,7 +33,7 @@ from safetensors.torch import save as tensor_bytes
 
 import aevlp
 from .data import AevlpError, LabelledImages, decode, epoch_order, image_loader, progress
-from .labelers import Batch, build_labeler
+from .labelers import Batch, Labeler, build_labeler
 from .methods import build_objective
 from .methods import get as get_method
 from .metrics import PseudoLabelMeter, average_precision
@@ -157,15 +158,27 @@ def load_checkpoint(
     folder,  # of all checkpoints of a run
 ) -> tuple | None:  # (state, path of the best weights or None)
     "The newest checkpoint that is whole, None where there is none."
-    folder = Path(folder)
-    for path in sorted(folder.glob("[!.]*"), reverse=True):
-        with contextlib.suppress(OSError, json.JSONDecodeError):
-            manifest = json.loads((path / "manifest.json").read_text())
-            if all(_digest(path / name) == digest for name, digest in manifest.items()):
-                state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
-                best = path / "best.safetensors"
-                return _unpacked(state), best if best.name in manifest else None
+    for path in sorted(Path(folder).glob("[!.]*"), reverse=True):
+        if _whole(path):
+            best = path / "best.safetensors"
+            return _unpacked(_read_state(path / "state.pt")), best if best.exists() else None
     return None
+
+
+def _whole(path):
+    "Whether a checkpoint is as it was written."
+    try:
+        manifest = json.loads((path / "manifest.json").read_text())
+        return "state.pt" in manifest and all(_digest(path / name) == digest for name, digest in manifest.items())
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _read_state(path):
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as e:
+        raise AevlpError(f"{path}: not a state that aevlp wrote; remove the folder it is in") from e
 
 # %% ../nbs/13_train.ipynb #49b2322f
 CACHE_BYTES = 512 * 2**20  # decoded pictures kept in memory, at most
@@ -350,7 +363,7 @@ def build(self: Training):
     groups = self.net.param_groups(recipe.lr, recipe.head_lr, recipe.weight_decay)
     optimizer = OPTIMIZERS[recipe.optimizer](groups + self.objective.param_groups(recipe.lr))
     self.model, self.optimizer = self.accelerator.prepare(self.net, optimizer)
-    self.meter = PseudoLabelMeter(truth if truth is not None else self.observed.cpu() == 1, self.observed.cpu())
+    self.meter, self.labelled = PseudoLabelMeter(truth, self.observed.cpu()), type(self.labeler) is not Labeler
     self.pictures = Pictures(data, recipe.workers, pin_memory=self.device.type == "cuda")
     self.row_of = np.full(len(data), -1)
     self.row_of[train] = np.arange(len(train))
@@ -385,7 +398,7 @@ def step(self: Training, ids, local, images):
     output = _each(lambda rows: gather_rows(self.accelerator, rows, len(ids)), output)
     batch, pseudo = self.labels(ids, local, images, logits_of(output).detach())
     loss = self.objective.loss(output, batch, pseudo)
-    self.recent.append((at["step"], batch, loss.detach(), logits_of(output).detach(), pseudo))
+    self.recent.append((at["step"], ids, loss.detach(), logits_of(output).detach(), pseudo))
     if len(self.recent) == self.window:
         self.check()
     self.optimizer.zero_grad()
@@ -400,8 +413,7 @@ def check(self: Training):
     if not self.recent:
         return
     losses = torch.stack([loss for _, _, loss, *_ in self.recent]).double().cpu()
-    for (step, batch, _, logits, pseudo), loss in zip(self.recent, losses.tolist(), strict=True):
-        ids = batch.ids.tolist()
+    for (step, ids, _, logits, pseudo), loss in zip(self.recent, losses.tolist(), strict=True):
         if not math.isfinite(loss):
             where = self.keep_evidence(step, ids, loss, logits, pseudo)
             shown = ", ".join(self.data.paths[i] for i in ids[:8]) + (f" and {len(ids) - 8} more" if len(ids) > 8 else "")
@@ -410,7 +422,7 @@ def check(self: Training):
                 "look at the pictures, or lower lr and head_lr"
             )
         self.at["loss"] += loss * len(ids)
-        self.meter.update(batch.rows, pseudo.cpu())
+        self.meter.update(self.row_of[ids], pseudo)
     self.recent = []
 
 
@@ -420,7 +432,7 @@ def keep_evidence(self: Training, step, ids, loss, logits, pseudo):
     folder = self.run_dir / "nonfinite"
     if self.main:
         folder.mkdir(exist_ok=True)
-        batch = {"ids": torch.tensor(ids), "logits": logits.float(), "pseudo": pseudo, "observed": self.observed[self.row_of[ids]]}
+        batch = {"ids": torch.from_numpy(ids), "logits": logits.float(), "pseudo": pseudo, "observed": self.observed[self.row_of[ids]]}
         with replacing(folder / "batch.safetensors") as file:
             file.write(tensor_bytes({k: v.cpu().contiguous() for k, v in batch.items()}))
         self.save_weights(folder / "weights.safetensors")
@@ -434,7 +446,7 @@ def save_weights(self: Training, path):
     "The classifier's weights, with the settings of the run in the header."
     weights = {k: v.detach().cpu().contiguous() for k, v in self.net.state_dict().items()}
     with replacing(path) as file:
-        file.write(tensor_bytes(weights, {"aevlp": json.dumps(self.settings | {"epoch": self.at["epoch"]})}))
+        file.write(tensor_bytes(weights, {"run": json.dumps(self.settings | {"epoch": self.at["epoch"]})}))
 
 
 @patch
@@ -522,11 +534,19 @@ def probabilities(self: Training, split):
 
 # %% ../nbs/13_train.ipynb #e4f796c0
 @patch
+def targets(self: Training, split):
+    "Labels to score against; a split may be missing."
+    return self.data.targets(split) if len(self.ids[split]) else np.empty((0, len(self.data.class_names)), np.int8)
+
+
+@patch
 def score(self: Training, split):
-    "Average precision of each class in percent, and their mean; None for an empty split."
-    probs, targets = self.probabilities(split), torch.from_numpy(self.data.targets(split)).to(self.device)
-    per_class = 100 * average_precision(probs, targets) if len(probs) else None
-    return probs, per_class, None if per_class is None else float(per_class.mean())
+    "Probabilities on a split, average precision of each class in percent, and their mean; None for an empty split."
+    probs = self.probabilities(split)
+    if not len(probs):
+        return probs, None, None
+    per_class = 100 * average_precision(probs, torch.from_numpy(self.targets(split)).to(self.device))
+    return probs, per_class, float(per_class.mean())
 
 
 @patch
@@ -536,21 +556,19 @@ def end_epoch(self: Training):
     epoch, n = at["epoch"], len(self.ids["train"])
     speed = n / max(at["epoch_seconds"], 1e-9)
     self.objective.end_epoch(epoch, lambda: self.probabilities("train"))
-    val_map = self.score("val")[2] if len(self.ids["val"]) else None
+    val_map = self.score("val")[2]
     pseudo = self.meter.pseudo
     quality = self.meter.end_epoch()
-    labelled = bool((pseudo != 0).any())
     if val_map is None or val_map > at["best_map"]:
         at["best_epoch"], at["best_map"] = epoch, -1.0 if val_map is None else val_map
         if self.main:
             self.save_weights(self.run_dir / "best.safetensors")
-    if labelled and self.main:
+    if self.labelled and self.main:
         with replacing(self.run_dir / "pseudo" / f"epoch_{epoch:02d}.npz") as file:
             np.savez_compressed(file, pseudo=np.asarray(pseudo, np.int8))
     at["epoch_seconds"] += time.monotonic() - start
-    known = labelled and self.data.truth is not None
     row = {"epoch": epoch, "loss": at["loss"] / n, "lr": self.recipe.lr, "val_map": val_map}
-    row |= {k: _number(quality[k]) if known else None for k in QUALITY}
+    row |= {k: _number(quality[k]) if self.labelled else None for k in QUALITY}
     row |= {"seconds": round(at["epoch_seconds"], 3), "images_per_second": round(speed, 2)}
     at["history"].append(row)
     at["stopped"] = should_stop(self.recipe.early_stop, [r["val_map"] for r in at["history"]]) if val_map is not None else False
@@ -561,8 +579,8 @@ def end_epoch(self: Training):
 
 
 def _number(value):
-    "A float, None where it is not a number."
-    return None if value is None or not math.isfinite(value) else float(value)
+    "A float, None where there is none, as the precision of labels whose truth is unknown."
+    return float(value) if math.isfinite(value) else None
 
 
 @patch
@@ -601,7 +619,7 @@ def finish(self: Training):
     }
     if self.main:
         with replacing(self.run_dir / "predictions.npz") as file:
-            np.savez_compressed(file, ids=self.ids["test"], probs=probs.cpu().numpy(), targets=self.data.targets("test"))
+            np.savez_compressed(file, ids=self.ids["test"], probs=probs.cpu().numpy(), targets=self.targets("test"))
         _write_json(self.run_dir / "metrics.json", metrics)
         shutil.rmtree(self.run_dir / "last")
     self.accelerator.wait_for_everyone()
@@ -612,7 +630,7 @@ def _settings(path):
     "What the header of a weight file says about its run."
     try:
         with safe_open(path, "pt") as file:
-            return json.loads(file.metadata()["aevlp"])
+            return json.loads(file.metadata()["run"])
     except (OSError, SafetensorError, TypeError, KeyError, json.JSONDecodeError) as e:
         raise AevlpError(f"{path}: not the weights of a run ({type(e).__name__}); run it again in an empty folder") from e
 
@@ -623,6 +641,8 @@ def finished(self: Training):
     if not (self.run_dir / "metrics.json").exists():
         return None
     self._refuse_other(_settings(self.run_dir / "best.safetensors"), self.run_dir)
+    if self.main:
+        shutil.rmtree(self.run_dir / "last", ignore_errors=True)  # left by a run killed after its last file
     return json.loads((self.run_dir / "metrics.json").read_text())
 
 

@@ -1,0 +1,69 @@
+"""Two processes train the same epochs as one."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+
+from aevlp.train import shard
+
+# The k-th largest loss of the batch with GPR's squared mean; a trainable table beside the classifier; labels per image.
+METHODS = ("gpr+ll-ct", "role", "bce+random")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Folders of the same runs by one process and by two."""
+    one, two = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("two")
+    data = tiny.shapes(two / "pictures", n=118)  # 59 for training: the last batch has three rows, for two ranks
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    script = [str(Path(tiny.__file__)), "fit", str(two), *METHODS]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    both = subprocess.Popen(torchrun + script, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        for method in METHODS:
+            tiny.train(one / method, method, data, tiny.EXACT)
+        output = both.communicate(timeout=300)[0]
+    finally:
+        both.kill()
+    assert both.returncode == 0, output[-4000:]
+    return one, two
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_same_losses_labels_and_weights(runs, method):
+    (_, history, predictions, pseudo, _), (_, history2, predictions2, pseudo2, _) = (tiny.result(r / method) for r in runs)
+    np.testing.assert_allclose(column(history, 1), column(history2, 1), rtol=1e-4)  # loss of each epoch
+    np.testing.assert_allclose(column(history, 3), column(history2, 3), atol=0.5)  # validation mAP
+    assert pseudo == pseudo2
+    assert predictions["ids"] == predictions2["ids"]
+    np.testing.assert_allclose(predictions["probs"], predictions2["probs"], atol=2e-3)
+    weights, weights2 = (load_file(r / method / "best.safetensors") for r in runs)
+    assert max(float((weights[k] - weights2[k]).abs().max()) for k in weights) < 5e-3
+
+
+def column(history, i):
+    return [float(row[i]) for row in history[1:]]
+
+
+def test_pseudo_labels_were_compared(runs):
+    one, _ = runs
+    assert all(tiny.result(one / m)[3] for m in ("gpr+ll-ct", "bce+random"))
+
+
+def test_shards_cover_each_batch_and_are_equally_long():
+    order = np.random.default_rng(0).permutation(59)
+    for size in (8, 16, 60):
+        parts = [shard(order, size, rank, 4) for rank in range(4)]
+        for step, start in enumerate(range(0, 59, size)):
+            batch = order[start : start + size]
+            assert len({len(p[step]) for p in parts}) == 1
+            interleaved = np.stack([p[step] for p in parts], 1).ravel()
+            assert (interleaved[: len(batch)] == batch).all()
+    torch.testing.assert_close(torch.from_numpy(np.concatenate(shard(order, 8))), torch.from_numpy(order))

@@ -1,0 +1,274 @@
+"""The training loop against a plain one, and what it promises: repeatable, loud, complete folders."""
+
+import ast
+import functools
+import json
+import math
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+from sklearn.metrics import average_precision_score
+
+from aevlp import train
+from aevlp.data import AevlpError, decode, epoch_order
+from aevlp.labelers import LABELERS
+from aevlp.methods import METHODS
+from aevlp.models import build_model
+from aevlp.views import student_flips, student_inputs
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return tiny.shapes(tmp_path_factory.mktemp("pictures"))
+
+
+@pytest.fixture(scope="module")
+def run(data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    tiny.train(folder, "gpr+random", data)
+    return folder
+
+
+def sklearn_map(probs, targets):
+    columns = range(targets.shape[1])
+    return 100 * np.mean([average_precision_score(targets[:, c], probs[:, c]) if targets[:, c].any() else 0 for c in columns])
+
+
+def test_a_plain_loop_gives_the_same_losses(data, tmp_path):
+    """Assume-negative training as in a tutorial, on the same order and flips."""
+    recipe = tiny.small("an", epochs=2, head_lr=6e-3)
+    ours = []
+    train.fit(data, "an", recipe, 0, tmp_path / "run", device="cpu", progress=False, on_epoch=lambda r: ours.append(r["loss"]))
+    train.seed_everything(0)
+    model = build_model(recipe, 5)
+    groups = [{"params": model.backbone.parameters(), "lr": 3e-3}, {"params": model.head.parameters(), "lr": 6e-3}]
+    optimizer, losses = torch.optim.Adam(groups), []
+    for epoch in (1, 2):
+        model.train()
+        total, order = 0.0, epoch_order(data.splits["train"], 0, epoch)
+        for ids in np.split(order, range(8, len(order), 8)):
+            images = [torch.from_numpy(decode(data.paths[i])).permute(2, 0, 1) for i in ids]
+            flip = student_flips(torch.from_numpy(ids), 0, epoch)
+            x = student_inputs(images, 32, model.mean, model.std, "cpu", flip)
+            targets = torch.from_numpy((data.observed[ids] == 1).astype(np.float32))
+            loss = torch.nn.functional.binary_cross_entropy_with_logits(model(x), targets)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            total += loss.item() * len(ids)
+        losses.append(total / len(order))
+    np.testing.assert_allclose(ours, losses, rtol=1e-4)
+
+
+@pytest.mark.parametrize("how", ["again", "workers", "not kept in memory"])
+def test_same_numbers_to_the_last_digit(data, run, tmp_path, monkeypatch, how):
+    if how == "not kept in memory":
+        monkeypatch.setattr(train, "Pictures", functools.partial(train.Pictures, limit=0))
+    overrides = {"workers": 2} if how == "workers" else {}
+    tiny.train(tmp_path / "again", "gpr+random", data, overrides)
+    (*ours, weights), (*first, first_weights) = tiny.result(tmp_path / "again"), tiny.result(run)
+    assert ours == first
+    if how == "again":  # elsewhere the recipe in the header differs
+        assert weights == first_weights
+
+
+def test_another_seed_gives_other_numbers(data, run, tmp_path):
+    train.fit(data, "gpr+random", tiny.small("gpr+random"), 1, tmp_path / "run", device="cpu", bank=False, progress=False)
+    assert tiny.result(tmp_path / "run")[2] != tiny.result(run)[2]
+
+
+def test_the_best_epoch_is_tested(data, run):
+    metrics, history = json.loads((run / "metrics.json").read_text()), pd.read_csv(run / "history.csv")
+    assert list(history.columns) == list(train.HISTORY)
+    assert metrics["best_epoch"] == history.epoch[history.val_map.idxmax()]
+    assert metrics["val_map"] == pytest.approx(history.val_map.max(), abs=1e-9)
+    model, settings, names = train.load_run(run)
+    assert names == data.class_names and settings["epoch"] == metrics["best_epoch"]
+    val = train.predict(model, data, data.splits["val"], settings["recipe"]).numpy()
+    assert sklearn_map(val, data.targets("val")) == pytest.approx(metrics["val_map"], abs=1e-3)
+    saved = np.load(run / "predictions.npz", allow_pickle=False)
+    assert (saved["ids"] == data.splits["test"]).all() and (saved["targets"] == data.targets("test")).all()
+    assert saved["probs"].dtype == np.float32
+    assert sklearn_map(saved["probs"], saved["targets"]) == pytest.approx(metrics["test_map"], abs=1e-3)
+    assert np.mean(list(metrics["per_class"].values())) == pytest.approx(metrics["test_map"], abs=1e-3)
+
+
+def test_pseudo_label_numbers_from_the_saved_labels(data, run):
+    """Precision and recall of each epoch on missing positives only, counted by hand."""
+    history, train_ids = pd.read_csv(run / "history.csv"), data.splits["train"]
+    missing = (data.truth[train_ids] == 1) & (data.observed[train_ids] != 1)
+    for row in history.itertuples():
+        pseudo = np.load(run / "pseudo" / f"epoch_{row.epoch:02d}.npz", allow_pickle=False)["pseudo"]
+        guessed = (pseudo == 1) & (data.observed[train_ids] != 1)
+        assert pseudo.dtype == np.int8 and guessed.sum() > 10
+        for value, count in ((row.precision, guessed.sum()), (row.recall, missing.sum())):
+            share = (guessed & missing).sum() / count
+            assert min(abs(value - share), abs(value - 100 * share)) < 1e-6
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["average_precision"] == pytest.approx(history.precision.mean())
+    assert metrics["accumulated_recall"] == pytest.approx(history.accumulated_recall.iloc[-1])
+
+
+def test_without_truth_nothing_is_claimed(data, tmp_path):
+    unknown = replace(data, truth=None)
+    metrics = tiny.train(tmp_path / "run", "gpr+random", unknown, {"epochs": 1})
+    history = pd.read_csv(tmp_path / "run" / "history.csv")
+    assert history[list(train.QUALITY)].isna().all(axis=None)
+    assert metrics["average_precision"] is None and metrics["accumulated_recall"] is None
+    saved = np.load(tmp_path / "run" / "predictions.npz")
+    assert (saved["targets"] == (data.observed[data.splits["test"]] == 1)).all()
+    assert metrics["test_map"] == pytest.approx(sklearn_map(saved["probs"], saved["targets"]), abs=1e-3)
+    with pytest.raises(AevlpError, match="full"):
+        tiny.train(tmp_path / "full", "full", unknown)
+
+
+def test_without_validation_the_last_epoch_counts(data, tmp_path):
+    metrics = tiny.train(tmp_path / "run", "an", replace(data, splits={"train": data.splits["train"]}), {"epochs": 2})
+    assert (metrics["best_epoch"], metrics["val_map"], metrics["test_map"], metrics["per_class"]) == (2, None, None, {})
+
+
+def poison(monkeypatch, epoch, step):
+    """The loss of one step is NaN."""
+
+    def build(*args, **kwargs):
+        objective, real = build_objective(*args, **kwargs), None
+        real, calls = objective.loss, iter(range(10**6))
+
+        def loss(*args):
+            value = real(*args)
+            return value * math.nan if objective.epoch == epoch and next(calls) == step else value
+
+        objective.loss = loss
+        return objective
+
+    build_objective = train.build_objective
+    monkeypatch.setattr(train, "build_objective", build)
+
+
+@pytest.mark.parametrize("window", [1, 16])
+def test_a_loss_that_is_not_finite_stops_the_run(data, run, tmp_path, monkeypatch, window):
+    order = epoch_order(data.splits["train"], 0, 2)[5 * 8 : 6 * 8]
+    build = train.Training.build
+
+    def windowed(self):
+        build(self)
+        self.window = window  # 16 on a GPU
+
+    with monkeypatch.context() as patched:
+        patched.setattr(train.Training, "build", windowed)
+        poison(patched, epoch=2, step=5)
+        with pytest.raises(AevlpError, match="nan in epoch 2, step 5") as error:
+            tiny.train(tmp_path / "run", "gpr+random", data)
+    assert all(data.paths[i] in str(error.value) for i in order) and "\n" not in str(error.value)
+    left = tmp_path / "run" / "nonfinite"
+    assert json.loads((left / "batch.json").read_text())["images"] == [data.paths[i] for i in order]
+    batch = load_file(left / "batch.safetensors")
+    assert batch["ids"].tolist() == order.tolist() and batch["logits"].shape == batch["pseudo"].shape == (8, 5)
+    assert load_file(left / "weights.safetensors").keys() == load_file(run / "best.safetensors").keys()
+    tiny.train(tmp_path / "run", "gpr+random", data)  # the cause is gone: on from the checkpoint before it
+    assert tiny.result(tmp_path / "run")[:4] == tiny.result(run)[:4]
+
+
+def test_early_stop(data, tmp_path):
+    metrics = tiny.train(tmp_path / "run", "an", data, {"lr": 0.0, "head_lr": 0.0, "early_stop": "em", "epochs": 5})
+    assert metrics["epochs_run"] < 5 and metrics["epochs_run"] == metrics["best_epoch"] + 1
+
+
+@pytest.mark.parametrize("overrides", [{"precision": "bf16"}, {"channels_last": True}, {"optimizer": "sgd"}, {"optimizer": "adamax"}])
+def test_switches_train(data, tmp_path, overrides):
+    losses = []
+    tiny.train(tmp_path / "run", "an", data, overrides | {"epochs": 2}, on_epoch=lambda row: losses.append(row["loss"]))
+    assert losses[1] < losses[0] < 1
+
+
+@pytest.mark.slow
+def test_compiled_classifier(data, tmp_path):
+    losses = []
+    tiny.train(tmp_path / "run", "an", data, {"compile": True, "epochs": 2}, on_epoch=lambda row: losses.append(row["loss"]))
+    assert losses[1] < losses[0] < 1
+
+
+def test_learning_rates_of_all_groups(data, tmp_path):
+    recipe = tiny.small("role", lr=1e-3, head_lr=5e-3, role_lr_factor=7.0, weight_decay=0.01)
+    loop = train.Training(data, "role", recipe, 0, tmp_path, "cpu")
+    loop.build()
+    groups = loop.optimizer.param_groups
+    assert [g["lr"] for g in groups] == pytest.approx([1e-3, 5e-3, 7e-3])
+    assert [g["weight_decay"] for g in groups] == [0.01, 0.01, 0.0]
+    assert groups[2]["params"][0].shape == (60, 5)
+    trained = sum(p.numel() for g in groups[:2] for p in g["params"])
+    assert trained == sum(p.numel() for p in loop.net.parameters())
+
+
+def test_quiet_and_told(data, tmp_path, capfd):
+    rows = []
+    tiny.train(tmp_path / "run", "an", data, {"epochs": 2}, on_epoch=rows.append)
+    assert [(r["epoch"], r["epochs"]) for r in rows] == [(1, 2), (2, 2)]
+    assert capfd.readouterr() == ("", "")
+
+
+def test_the_caller_keeps_its_choice_of_algorithms(data, run):
+    assert not torch.are_deterministic_algorithms_enabled()
+    with pytest.raises(ZeroDivisionError), train.deterministic(True):
+        assert torch.are_deterministic_algorithms_enabled()
+        1 / 0  # noqa: B018
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"device": "abacus"}, "'abacus' is unknown"),
+        ({"recipe": {"precision": "fp16"}}, "fp16 needs a GPU"),
+        ({"splits": {"val": np.arange(3)}}, "training split is empty"),
+        ({"method": "anx"}, "anx"),
+    ],
+)
+def test_what_cannot_be_trained(data, tmp_path, change, message):
+    data = replace(data, splits=change.get("splits", data.splits))
+    recipe = tiny.small("an", **change.get("recipe", {}))
+    with pytest.raises(AevlpError, match=message):
+        train.fit(data, change.get("method", "an"), recipe, 0, tmp_path, device=change.get("device", "cpu"), progress=False)
+
+
+def test_folders_that_cannot_be_used(data, run, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(AevlpError, match="cannot be made"):
+        tiny.train(tmp_path / "file" / "run", "an", data)
+    with pytest.raises(AevlpError, match="lr=0.003, not 0.1"):
+        tiny.train(run, "gpr+random", data, {"lr": 0.1})
+    (tmp_path / "best.safetensors").write_bytes((run / "best.safetensors").read_bytes()[:-10])
+    for folder in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(AevlpError, match="not the weights of a run"):
+            train.load_run(folder)
+
+
+def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch):
+    def full(handle):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(AevlpError, match="No space left on device"), train.replacing(tmp_path / "a") as file:
+        file.write(b"a")
+    assert not (tmp_path / "a").exists()
+
+
+def test_the_loop_names_no_method():
+    tree = ast.parse(Path(train.__file__).read_text())
+    literals = {n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
+    assert not literals & ((set(METHODS) | set(LABELERS)) - {"none"})
