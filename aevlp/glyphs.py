@@ -12,6 +12,7 @@ import colorsys
 import io
 import math
 import os
+import uuid
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -232,7 +233,7 @@ _GROUP = 100
 
 def _write(path, data):
     "Bytes to a file that is complete whenever it exists."
-    part = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     part.write_bytes(data)
     os.replace(part, path)
 
