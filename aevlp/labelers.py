@@ -154,7 +154,8 @@ def prototypes(recipe, clip, class_names, seed=0):  # -> (C, K) unit norm
 def _bank(data, clip, settings, seed, views, root):
     "The bank of view embeddings of `data`'s training split, or None where `root` is False"
     if root is False: return None
-    key = dict(data=data.fingerprint, clip=clip.name, weights=clip.weights_hash, views=asdict(settings) if settings else 'global', seed=seed)
+    key = dict(data=data.fingerprint, clip=clip.name, weights=clip.weights_hash, precision=clip.precision,
+               views=asdict(settings) if settings else 'global', seed=seed)
     return Bank.open(root, key, data.splits['train'], views, clip.width)
 
 def _damp_labeler(data, recipe, seed, device, root):

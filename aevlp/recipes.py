@@ -306,6 +306,7 @@ OWN = (
     _r('head_lr', _LL + ': ten times the backbone', 5e-2, 1e-4, 1e-4, 7.5e-4, methods=_LLS),
     _r('early_stop', 'LL code', 'll', methods=_LLS),
     _r('epsilon', 'LL, BoostLU code: BCE with logits', 0.0, methods=_LLS + ('boostlu-ll-r',)),
+    _r('prompt', 'AEVLP code: a full stop at the end', 'a photo of a {}.', methods=('+damp', '+fixed-damp')),
     _r('epochs', 'GR code', 8, methods=('gr',)),
     _r('batch_size', 'GR code', 8, methods=('gr',)),
     _r('early_stop', 'GR code', 'gr', methods=('gr',)),

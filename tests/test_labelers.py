@@ -1,0 +1,245 @@
+"""Labelers: functions of seed, epoch and image; the bank is asked before CLIP; a tiny random CLIP, no download."""
+
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+
+from aevlp.data import AevlpError, LabelledImages
+from aevlp.labelers import LABELERS, Batch, Fixed, LargeLossLabeler, RandomLabeler, build_labeler, large_loss_count
+from aevlp.recipes import recipe
+
+N, C = 10, 6
+TINY = dict(clip="tiny-labeler", clip_weights="", vlpl_clip="tiny-labeler", grid=2, noise_hidden=16, temperature=0.02)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    rng = np.random.default_rng(0)
+    observed = np.zeros((N, C), np.int8)
+    observed[np.arange(N), rng.integers(0, C, N)] = 1
+    paths = np.array([f"/nowhere/{i}.png" for i in range(N)])
+    splits = dict(train=np.arange(1, N), val=np.arange(1), test=np.array([], np.int64))
+    return LabelledImages("tiny", paths, tuple("abcdef"), observed, observed, splits)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def clip_model(tmp_path_factory):
+    vision = dict(image_size=32, layers=1, width=32, patch_size=8, head_width=16)
+    text = dict(context_length=77, vocab_size=49408, width=32, heads=2, layers=1)
+    path = tmp_path_factory.mktemp("clip") / "tiny-labeler.json"
+    path.write_text(json.dumps(dict(embed_dim=24, vision_cfg=vision, text_cfg=text)))
+    open_clip.add_model_config(path)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def images():
+    rng = np.random.default_rng(1)
+    return [torch.from_numpy(rng.integers(0, 256, (3, 40 + i, 50), dtype=np.uint8)) for i in range(N)]
+
+
+@pytest.fixture
+def batch(data, images):
+    def make(ids, pictures=True):
+        ids = torch.tensor(ids)
+        observed = torch.from_numpy(data.observed[ids])
+        return Batch(ids, ids - 1, [images[i] for i in ids] if pictures else None, observed)
+
+    return make
+
+
+@pytest.fixture
+def build(data, clip_model, tmp_path, monkeypatch):
+    clips = {}
+
+    def remembered(*args, **kwargs):  # random weights: the same model for all labelers of a test
+        return clips.setdefault("clip", load_clip(*args, **kwargs))
+
+    from aevlp.labelers import load_clip
+
+    monkeypatch.setattr("aevlp.labelers.load_clip", remembered)
+
+    def make(name="damp", bank=False, seed=0, **changes):
+        made = recipe("glyphs", "aevlp", **{**TINY, **changes})
+        return build_labeler(name, data, made, seed=seed, bank_root=tmp_path if bank is True else bank)
+
+    return make
+
+
+def counted(eyes):
+    "The numbers of views that CLIP encodes from now on"
+    seen, encode = [], eyes.clip.encode_images
+
+    def count(pixels):
+        seen.append(len(pixels))
+        return encode(pixels)
+
+    eyes.clip = replace(eyes.clip) if hasattr(eyes.clip, "__dataclass_fields__") else eyes.clip
+    object.__setattr__(eyes.clip, "encode_images", count)
+    return seen
+
+
+@pytest.mark.parametrize("name", [n for n in LABELERS if n != "ll-ct"])
+def test_labels_know_neither_order_nor_company(name, build, batch):
+    labeler, again = build(name, global_threshold=0.2), build(name, global_threshold=0.2)
+    for epoch in (1, 2):
+        whole = labeler.labels(batch([1, 2, 3, 4, 5]), epoch)
+        parts = torch.cat([again.labels(batch(ids), epoch) for ids in ([5, 3], [1], [4, 2])])
+        assert torch.equal(whole[[4, 2, 0, 3, 1]], parts)
+        assert whole.dtype == torch.int8 and set(whole.unique().tolist()) <= {-1, 0, 1}
+
+
+def test_none(build, batch):
+    assert not build("none").labels(batch([1, 2]), 1).any()
+
+
+def test_damp_changes_with_the_epoch_and_fixed_damp_does_not(build, batch):
+    changes = dict(global_threshold=0.0, top_k=3, temperature=0.003)
+    damp, fixed = build(**changes), build("fixed-damp", **changes)
+    every = batch(list(range(1, N)))
+    first, second = damp.labels(every, 1), damp.labels(every, 2)
+    assert not torch.equal(first, second)
+    assert all(torch.equal(fixed.labels(every, epoch), first) for epoch in (3, 1, 2))
+    other = build(view_seed=1, **changes)
+    assert not torch.equal(other.labels(every, 1), first)
+
+
+def test_fixed_labels_survive_a_save(build, batch):
+    fixed, every = build("fixed-damp", global_threshold=0.0), batch(list(range(1, N)))
+    labels = fixed.labels(every, 1)
+    resumed = build("fixed-damp", global_threshold=0.0)
+    resumed.load_state_dict(fixed.state_dict())
+    resumed.labeler = None  # not asked again
+    assert torch.equal(resumed.labels(every, 5), labels)
+
+
+def test_damp_is_damp_on_similarities(build, batch):
+    labeler, some = build(global_threshold=0.2), batch([2, 5, 7])
+    scores = labeler.scores(some, 3)
+    embeddings = labeler.eyes.encode(some.images, some.ids, 3)
+    assert embeddings.shape == (3, 5, 24)
+    probs = (embeddings.double() @ labeler.prototypes.double().T / 0.02).softmax(-1)
+    torch.testing.assert_close(scores.global_probs.double(), probs[:, 0], atol=1e-5, rtol=1e-4)
+    average = (probs[:, 0] + probs[:, 1:].mean(1)) / 2
+    torch.testing.assert_close(scores.average.double(), average, atol=1e-5, rtol=1e-4)
+
+
+def test_switches_reach_the_labeler(build):
+    plain = build()
+    assert not torch.equal(build(noise=False).prototypes, plain.prototypes)
+    assert torch.equal(build(seed=5).prototypes, plain.prototypes)
+    assert not torch.equal(build(seed=5, noise_seed=-1).prototypes, build(seed=6, noise_seed=-1).prototypes)
+    assert not torch.equal(build(neighbours=2).prototypes, plain.prototypes)
+    assert not torch.equal(build(noise_last_activation=False).prototypes, plain.prototypes)
+    assert build(clip_norm="imagenet").eyes.settings.mean != plain.eyes.settings.mean
+    settings = build(overlap=0.0, augment="none", grid=3).eyes.settings
+    assert (settings.overlap, settings.augment, settings.grid) == (0.0, "none", 3)
+
+
+def test_the_bank_is_asked_first(build, batch):
+    labeler = build(bank=True, global_threshold=0.2)
+    seen = counted(labeler.eyes)
+    first = labeler.labels(batch([1, 2, 3]), 1)
+    assert seen == [15]
+    mixed = labeler.labels(batch([2, 4, 1, 5]), 1)
+    assert seen == [15, 10]  # images 4 and 5 only
+    assert torch.equal(mixed[[2, 0]], first[:2])
+    again = labeler.labels(batch([5, 3, 1], pictures=False), 1)  # no picture is needed
+    assert seen == [15, 10] and torch.equal(again[1:], first[[2, 0]])
+    labeler.labels(batch([1, 2, 3]), 2)
+    assert seen == [15, 10, 15]  # another epoch, other views
+    other = build(bank=True, global_threshold=0.9, temperature=0.5, top_k=1, noise=False)
+    seen = counted(other.eyes)
+    other.labels(batch([1, 2, 3, 4, 5], pictures=False), 1)
+    assert seen == []  # thresholds, temperature and G share one bank
+
+
+def test_bank_and_no_bank_agree(build, batch):
+    every, changes = batch(list(range(1, N))), dict(global_threshold=0.2)
+    with_bank, without = build(bank=True, **changes), build(bank=False, **changes)
+    for epoch in (1, 2):
+        agree = (with_bank.labels(every, epoch) == without.labels(every, epoch)).float().mean()
+        assert agree > 0.95  # the bank holds half precision
+
+
+def test_vlpl_reads_the_whole_image_once(build, batch):
+    labeler, some = build("vlpl", vlpl_threshold=0.2, vlpl_temperature=0.01), batch([1, 4, 6, 8])
+    seen = counted(labeler.labeler.eyes)
+    first = labeler.labels(some, 1)
+    assert seen == [4] and torch.equal(labeler.labels(some, 7), first) and seen == [4]
+    embeddings = labeler.labeler.eyes.encode(some.images, some.ids, 1)[:, 0].double()
+    probs = (embeddings @ labeler.labeler.prototypes.double().T / 0.01).softmax(-1)
+    assert torch.equal(first, (probs > 0.2).to(torch.int8)) and first.any()
+
+
+# ---- chance
+
+
+def test_random_labels_are_unknown_classes_in_the_right_number():
+    observed = torch.zeros(2000, 12, dtype=torch.int8)
+    observed[:, 3], observed[:, 7] = 1, -1
+    ids = torch.arange(2000)
+    labels = RandomLabeler(2.3, seed=0).labels(Batch(ids, ids, [], observed), 1)
+    assert not labels[:, [3, 7]].any() and (labels >= 0).all()
+    counts = labels.sum(1)
+    assert set(counts.tolist()) == {2, 3} and abs(counts.float().mean() - 2.3) < 0.04
+    per_class = labels.float().mean(0)[[0, 1, 2, 4, 5, 6, 8, 9, 10, 11]]
+    assert (per_class - 0.23).abs().max() < 0.04
+    assert not torch.equal(RandomLabeler(2.3, seed=1).labels(Batch(ids, ids, [], observed), 1), labels)
+
+
+def test_random_labels_never_run_out():
+    observed, ids = torch.eye(3, dtype=torch.int8), torch.arange(3)
+    assert torch.equal(RandomLabeler(30.4, seed=0).labels(Batch(ids, ids, [], observed), 1), 1 - observed)
+
+
+# ---- large losses
+
+
+def test_large_losses_are_the_unknown_labels_with_the_largest_logits():
+    observed = torch.zeros(4, 5, dtype=torch.int8)
+    observed[:, 0], observed[0, 1] = 1, -1
+    logits = torch.randn(4, 5, generator=torch.Generator().manual_seed(0))
+    logits[:, 0], logits[0, 1] = 9.0, 8.0  # the largest, but known
+    batch, labeler = Batch(torch.arange(4), torch.arange(4), [], observed, logits), LargeLossLabeler(5.0)
+    assert labeler.needs_logits and not labeler.labels(batch, 1).any()
+    for epoch, k in ((2, 1), (3, 2), (5, 4)):
+        allowed = logits.masked_fill(observed != 0, -math.inf).flatten()
+        expected = torch.zeros(20, dtype=torch.int8)
+        expected[allowed.argsort(descending=True)[:k]] = 1
+        assert torch.equal(labeler.labels(batch, epoch), expected.reshape(4, 5))
+
+
+@pytest.mark.parametrize("c, delta, first, last", [(20, 0.2, 1, 6), (80, 0.2, 3, 24), (312, 0.2, 10, 90)])
+def test_large_loss_count_at_batches_of_16(c, delta, first, last):
+    assert [large_loss_count((16, c), epoch, delta) for epoch in (1, 2, 10)] == [0, first, last]
+    assert large_loss_count((16, c), 10**6, delta) == 16 * c
+
+
+# ---- errors
+
+
+def test_unknown_labeler(build):
+    with pytest.raises(AevlpError, match="nearest is 'fixed-damp'"):
+        build("fixd-damp")
+
+
+def test_fixed_asks_only_for_what_it_lacks():
+    asked = []
+
+    class Ask:
+        def labels(self, batch, epoch):
+            asked.append((batch.ids.tolist(), epoch))
+            return batch.ids[:, None].to(torch.int8).expand(-1, 2)
+
+    fixed = Fixed(Ask(), 4, 2)
+    observed = torch.zeros(2, 2, dtype=torch.int8)
+    for ids, epoch in (([0, 1], 3), ([1, 0], 4), ([2, 3], 4)):
+        labels = fixed.labels(Batch(torch.tensor(ids), torch.tensor(ids), [], observed), epoch)
+        assert labels[:, 0].tolist() == ids
+    assert asked == [([0, 1], 1), ([2, 3], 1)]
