@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NAMES', 'ARCHIVES', 'class_names', 'load', 'check', 'Archive', 'fetch']
 
-# %% ../nbs/04_benchmarks.ipynb #69f267fe
+# %% ../nbs/04_benchmarks.ipynb #cb732028
 import csv as csv_module
 import difflib
 import hashlib
@@ -40,7 +40,7 @@ from aevlp.data import (
     train_val_split,
 )
 
-# %% ../nbs/04_benchmarks.ipynb #cede1f04
+# %% ../nbs/04_benchmarks.ipynb #1b2acb87
 NAMES = ("glyphs", "voc", "coco", "nus", "cub", "npy", "csv")
 
 
@@ -79,7 +79,7 @@ def class_names(
     names = shipped(f"classnames/{name}.txt").read_text(encoding="utf-8").split("\n")[:-1]
     return tuple(_cub_name(n, fidelity) for n in names) if name == "cub" else tuple(names)
 
-# %% ../nbs/04_benchmarks.ipynb #e38280a6
+# %% ../nbs/04_benchmarks.ipynb #63323327
 class _Folder:
     "Finds files below a root, each folder listed once."
 
@@ -96,47 +96,41 @@ class _Folder:
     def find(self, name: str) -> tuple:  # (normal name, None) or (None, what is wrong)
         "The normal form of a name below the root, if a file is there."
         name = name.replace("\\", "/")
-        if name.startswith("/") or name[1:2] == ":" or ".." in name.split("/") or "\0" in name:
+        if name.startswith("/") or name[1:2] == ":" or ".." in name.split("/"):
             return None, f"{name!r} leads out of {self.root}"
         normal = posixpath.normpath(name)
-        folder, base = posixpath.split(normal)
-        listing = self._listing(folder)
+        folder, _, base = normal.rpartition("/")
+        if folder not in self.listings:
+            self.listings[folder] = self._list(folder)
+        listing = self.listings[folder]
         if isinstance(listing, str):
             return None, f"{name!r}: {listing}"
-        if (entry := listing.get(base)) is None:
+        if base not in listing:
             return None, f"image {name!r} is not in {self.root}"
-        if wrong := self._wrong(entry):
-            return None, f"{name!r} is {wrong}"
-        return normal, None
+        wrong = self._wrong(listing[base])
+        return (None, f"{name!r} is {wrong}") if wrong else (normal, None)
 
-    def _listing(self, folder):
-        if folder not in self.listings:
-            path = os.path.join(self.root, folder)
-            try:
-                if not self._inside(path):
-                    raise OSError(f"folder {folder!r} is a link that leads out of {self.root}")
-                with os.scandir(path) as entries:
-                    self.listings[folder] = {e.name: e for e in entries}
-            except (OSError, ValueError) as e:
-                self.listings[folder] = e.strerror if getattr(e, "strerror", None) else str(e)
-        return self.listings[folder]
+    def _list(self, folder) -> dict | str:  # name -> entry, or what is wrong
+        path = os.path.join(self.root, folder)
+        try:
+            with os.scandir(path) as entries:
+                found = {e.name: e for e in entries}
+        except (OSError, ValueError) as e:  # ValueError: a null byte in the name
+            return getattr(e, "strerror", None) or str(e)
+        return found if self._inside(path) else f"a symbolic link leads out of {self.root}"
 
     def _inside(self, path) -> bool:
         real = os.path.realpath(path)
         return self.links_out or real == self.real or real.startswith(self.real.rstrip(os.sep) + os.sep)
 
     def _wrong(self, entry) -> str | None:
-        if entry.is_symlink():
-            if not os.path.exists(entry.path):
-                return "a symbolic link that leads nowhere or in a circle"
-            if not self._inside(entry.path):
-                return f"a symbolic link that leads out of {self.root}"
+        if entry.is_symlink() and not os.path.exists(entry.path):
+            return "a symbolic link that leads nowhere or in a circle"
+        if entry.is_symlink() and not self._inside(entry.path):
+            return f"a symbolic link that leads out of {self.root}"
         return None if entry.is_file() else "not a file"
 
-    def path(self, normal: str) -> str:
-        return os.path.join(self.root, normal)
-
-# %% ../nbs/04_benchmarks.ipynb #023b1814
+# %% ../nbs/04_benchmarks.ipynb #698edd86
 def _report(where, problems):
     "Raise the first ten problems at once, if there are any."
     if problems:
@@ -159,7 +153,7 @@ def _text(path) -> str:
         line = data.count(b"\n", 0, e.start) + 1
         raise AevlpError(f"{path}, line {line}: not UTF-8 (byte 0x{data[e.start]:02x}); save the file as UTF-8") from None
 
-# %% ../nbs/04_benchmarks.ipynb #c7990089
+# %% ../nbs/04_benchmarks.ipynb #eaf5aaff
 def _csv_rows(path) -> tuple:  # header, [(line number, cells)]
     "The cells of a comma-separated file; blank lines are left out."
     reader = csv_module.reader(io.StringIO(_text(path), newline=""), strict=True)
@@ -196,7 +190,7 @@ def _csv_header(path, header) -> list:
         raise AevlpError(f"{where}: no labels; add a column 'label', or one column of 0/1 per class")
     return names
 
-# %% ../nbs/04_benchmarks.ipynb #430f4502
+# %% ../nbs/04_benchmarks.ipynb #907fe0f3
 def _csv_images(folder, rows, at, problems) -> list:
     "The picture of every row, '' where something is wrong with it."
     images, seen = [], {}
@@ -225,7 +219,7 @@ def _csv_single(rows, at, classes, problems) -> tuple:  # class names, (n, C) in
             problems.append((line, f"unknown label {label!r}; {_nearest(label, known)}" if label else "no label"))
     return known, observed
 
-# %% ../nbs/04_benchmarks.ipynb #41a73077
+# %% ../nbs/04_benchmarks.ipynb #22574c99
 def _csv_truth(rows, names, classes, problems) -> tuple:  # class names, (n, C) int8
     "Columns of 0 and 1."
     at = [i for i, n in enumerate(names) if n not in ("image", "split")]
@@ -245,7 +239,7 @@ def _csv_truth(rows, names, classes, problems) -> tuple:  # class names, (n, C) 
             truth[i] = 1
     return [names[j] for j in at], truth
 
-# %% ../nbs/04_benchmarks.ipynb #eb5e6063
+# %% ../nbs/04_benchmarks.ipynb #b12873b1
 def _csv_splits(rows, names, problems) -> dict:
     "From the column `split`, else 60/20/20; without 'val' a fifth of the training pictures is kept for it."
     if "split" not in names:
@@ -271,7 +265,7 @@ def _csv_splits(rows, names, problems) -> dict:
             problems.append((1, f"no row is left for split {split!r}"))
     return ids
 
-# %% ../nbs/04_benchmarks.ipynb #1ae79bce
+# %% ../nbs/04_benchmarks.ipynb #e0f9e53f
 def _csv(root, fidelity="paper", object_area=False, csv=None, classes=None) -> LabelledImages:
     "A folder of pictures with a table of labels."
     folder = _Folder(root)
@@ -295,7 +289,7 @@ def _csv(root, fidelity="paper", object_area=False, csv=None, classes=None) -> L
             problems.append((rows[i][0], "no label is 1; such an image can only be in split val or test"))
         observed = np.zeros_like(truth)
     _report(path, [f"line {line}: {what}" for line, what in sorted(problems)])
-    paths = [folder.path(n) for n in images]
+    paths = [os.path.join(folder.root, n) for n in images]
     data = LabelledImages("csv", paths, known, observed, truth, splits)
     return data if truth is None else observe(data)
 
@@ -313,7 +307,7 @@ def _class_list(classes):
         return classes
     return [line.strip() for line in _text(classes).splitlines() if line.strip()]
 
-# %% ../nbs/04_benchmarks.ipynb #2a443b53
+# %% ../nbs/04_benchmarks.ipynb #0b66cd9f
 def _npy(path) -> np.ndarray:
     "An array of numbers or strings; never an object array, never more than the file holds."
     try:
@@ -351,7 +345,7 @@ def _npy_images(path) -> list:
     except UnicodeDecodeError:
         raise AevlpError(f"{path} holds file names that are not UTF-8") from None
 
-# %% ../nbs/04_benchmarks.ipynb #a6e2a318
+# %% ../nbs/04_benchmarks.ipynb #15071740
 _IMAGE_FOLDERS = (
     "",
     "images",
@@ -392,7 +386,7 @@ def _names_by_number(root, columns, fidelity) -> tuple:
             return class_names(name, fidelity)
     raise AevlpError(f"{root}: the labels have {columns} classes, whose names are not known; name them with classes=FILE")
 
-# %% ../nbs/04_benchmarks.ipynb #7fee0a50
+# %% ../nbs/04_benchmarks.ipynb #f79b54a7
 def _official(
     name,
     folder,  # of the images
@@ -414,7 +408,7 @@ def _official(
     train, val = train_val_split(n)
     return LabelledImages(
         name,
-        [found.path(p) for p in normal],
+        [os.path.join(found.root, p) for p in normal],
         classes,
         np.concatenate(observed or [sample_single_positives(truth) for _, truth in parts]),
         np.concatenate([truth for _, truth in parts]),
@@ -432,7 +426,7 @@ def _base(root, candidates, holds) -> Path:
     tried = ", ".join(str(root / c / holds) for c in candidates)
     raise AevlpError(f"{root / candidates[0] / holds} is missing (looked for {tried})")
 
-# %% ../nbs/04_benchmarks.ipynb #ea2d51d3
+# %% ../nbs/04_benchmarks.ipynb #0dfb58ad
 _VOC_BASES = ("VOCdevkit/VOC2012", "", "VOC2012")
 
 
@@ -477,7 +471,7 @@ def _voc(root, fidelity="paper", object_area=False) -> LabelledImages:
     parts = [([f"{i}.jpg" for i in ids], truth) for ids, truth in lists]
     return _official("voc", base / "JPEGImages", classes, parts, areas=areas)
 
-# %% ../nbs/04_benchmarks.ipynb #cd58b14d
+# %% ../nbs/04_benchmarks.ipynb #5f773c90
 def _coco_part(path, folder) -> tuple:  # image names, (n, C) int8, (n, C) square pixels, class names
     "One instances_*.json."
     try:
@@ -509,7 +503,7 @@ def _coco(root, fidelity="paper", object_area=False) -> LabelledImages:
         raise AevlpError(f"{base}/annotations: the two instances files name different categories; extract the archive again")
     return _official("coco", root, train[3], [train[:2], test[:2]], areas=[train[2], test[2]])
 
-# %% ../nbs/04_benchmarks.ipynb #e40c95f1
+# %% ../nbs/04_benchmarks.ipynb #0d33ef73
 _NUS_FOLDERS = [f"{top}{sub}" for top in ("", "NUS-WIDE/") for sub in ("", "Groundtruth", "ImageList", "ConceptsList")]
 
 
@@ -550,7 +544,7 @@ def _nus(root, fidelity="paper", object_area=False) -> LabelledImages:
             parts.append((names, np.stack(columns, 1)))
     return _official("nus", _base(root, ("", "NUS-WIDE"), "Flickr") / "Flickr", classes, parts)
 
-# %% ../nbs/04_benchmarks.ipynb #8d5baea3
+# %% ../nbs/04_benchmarks.ipynb #b34e79e9
 def _nus_all_labels(root, classes, lists) -> list:
     "AllLabels/ in the order of Imagelist.txt, cut into the two official lists."
     labels, every = _nus_find(root, "AllLabels"), _nus_find(root, "Imagelist.txt")
@@ -561,7 +555,7 @@ def _nus_all_labels(root, classes, lists) -> list:
             raise AevlpError(f"{every} does not list {unknown}, which the training or test list has")
     return [(names, truth[[order[n] for n in names]]) for names in lists]
 
-# %% ../nbs/04_benchmarks.ipynb #6b1511a2
+# %% ../nbs/04_benchmarks.ipynb #d9bde699
 def _cub_table(path, fields) -> list:  # of tuples of str
     "Lines of `fields` words."
     rows = [(n, line.split()) for n, line in enumerate(_text(path).splitlines(), 1) if line.strip()]
@@ -574,7 +568,7 @@ def _cub_table(path, fields) -> list:  # of tuples of str
 def _cub_labels(path, n_images, n_attributes) -> np.ndarray:  # (n, C) int8
     "is_present, from lines of '<image> <attribute> <is_present> <certainty> <time>'."
     try:
-        rows = pd.read_csv(path, sep=r"\s+", header=None, names=range(12), usecols=range(12), dtype=dict.fromkeys(range(3), "int64"))
+        rows = pd.read_csv(path, sep=r"\s+", header=None, names=range(12), dtype=dict.fromkeys(range(3), "int64"))
         image, attribute, present = (rows[k].to_numpy() for k in range(3))
         good = (image >= 1) & (image <= n_images) & (attribute >= 1) & (attribute <= n_attributes) & np.isin(present, (0, 1))
         first = int(np.flatnonzero(~good)[0]) if not good.all() else None
@@ -606,7 +600,7 @@ def _cub(root, fidelity="paper", object_area=False) -> LabelledImages:
     parts = [([images[i][1] for i in np.flatnonzero(part)], truth[part]) for part in (training, ~training)]
     return _official("cub", base / "images", [_cub_name(a[1], fidelity) for a in attributes], parts)
 
-# %% ../nbs/04_benchmarks.ipynb #41a90573
+# %% ../nbs/04_benchmarks.ipynb #504da5b3
 _READERS = {"voc": _voc, "coco": _coco, "nus": _nus, "cub": _cub, "npy": _formatted, "csv": _csv}
 
 
@@ -648,7 +642,7 @@ def load(
         data = _READERS[name](root, fidelity=fidelity, object_area=wanted.get("how") == "size", **kw)
     return observe(data, **wanted) if wanted else data
 
-# %% ../nbs/04_benchmarks.ipynb #63e00269
+# %% ../nbs/04_benchmarks.ipynb #b6525650
 _EXPECTED = {  # official training images, test images, classes, positives per image, rows without positive (training, test)
     "voc": (5717, 5823, 20, 1.5, 0, 0),
     "coco": (82081, 40137, 80, 2.9, 0, 0),
@@ -678,7 +672,7 @@ def _needed(name, root) -> list:  # paths
     formatted = [root / f"formatted_{p}_{what}.npy" for p in ("train", "val") for what in ("images", "labels")]
     return [*([] if official else formatted), base(("", "NUS-WIDE"), "Flickr") / "Flickr"]
 
-# %% ../nbs/04_benchmarks.ipynb #a395f90d
+# %% ../nbs/04_benchmarks.ipynb #bfc96a10
 def _counts(name, data) -> list:  # rows of (what, found, expected)
     "What the papers state of a benchmark, counted."
     official = np.sort(np.concatenate([data.splits["train"], data.splits["val"]]))
@@ -697,7 +691,7 @@ def _counts(name, data) -> list:  # rows of (what, found, expected)
         ("observed positives per image, train", round(float((data.observed[data.splits["train"]] == 1).sum(1).mean()), 3), None),
     ]
 
-# %% ../nbs/04_benchmarks.ipynb #da857808
+# %% ../nbs/04_benchmarks.ipynb #693abab1
 def check(
     name: str,  # one of NAMES
     root=None,  # folder of the data set; default `home()/name`
@@ -717,7 +711,7 @@ def check(
     rows = [(what, found, "" if wanted is None else wanted, wanted in (None, found)) for what, found, wanted in rows]
     return pd.DataFrame(rows, columns=["what", "found", "expected", "ok"], dtype=object).set_index("what")
 
-# %% ../nbs/04_benchmarks.ipynb #a47420e1
+# %% ../nbs/04_benchmarks.ipynb #21d0e6d1
 @dataclass(frozen=True)
 class Archive:
     "A file to download and unpack."
@@ -758,7 +752,7 @@ _NUS_HOW = (
     "(or the official Groundtruth, ImageList and ConceptsList folders) into {root}, then run `aevlp data check nus`"
 )
 
-# %% ../nbs/04_benchmarks.ipynb #df3354b4
+# %% ../nbs/04_benchmarks.ipynb #f73bbc07
 def _transfer(url, part, timeout):
     "Append what is missing of a file; raises OSError when the connection breaks before the end."
     have = part.stat().st_size if part.exists() else 0
@@ -800,7 +794,7 @@ def _download(archive, path, tries=6, pause=1.0, timeout=30):
     _verify(archive, part)
     os.replace(part, path)
 
-# %% ../nbs/04_benchmarks.ipynb #bc94decf
+# %% ../nbs/04_benchmarks.ipynb #b0fd68e7
 def _verify(archive, part):
     "Compare with the known checksum; a wrong file is deleted."
     if archive.checksum:
@@ -811,7 +805,7 @@ def _verify(archive, part):
             part.unlink()
             raise AevlpError(f"{archive.url}: {kind} {found} instead of {wanted}; the file was deleted, run it again")
 
-# %% ../nbs/04_benchmarks.ipynb #2f31b268
+# %% ../nbs/04_benchmarks.ipynb #bfec07af
 def _extract(path, root):
     "Unpack a tar or zip below root, and nowhere else."
     try:
@@ -835,7 +829,7 @@ def _extract(path, root):
         path.unlink()
         raise AevlpError(f"{path} is damaged ({e}) and was deleted; run it again") from None
 
-# %% ../nbs/04_benchmarks.ipynb #a1d0e0a9
+# %% ../nbs/04_benchmarks.ipynb #9ba9c2aa
 def fetch(
     name: str,  # 'voc', 'coco' or 'cub'; 'nus' says what to ask for
     root=None,  # where to; default `home()/name`
@@ -863,6 +857,8 @@ def _fetch_one(archive, root):
     path, done = root / archive.file, root / f".{archive.file}.done"
     if not done.exists():
         if not path.exists():
+            if not archive.checksum:
+                print(f"{archive.url}: no published checksum to compare with")
             _download(archive, path)
         _extract(path, root)
         done.write_text(f"{archive.url} {archive.checksum or 'no published checksum'}\n")

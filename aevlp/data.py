@@ -6,7 +6,7 @@
 __all__ = ['FORMATS', 'MAX_PIXELS', 'OBSERVATIONS', 'AevlpError', 'progress', 'home', 'shipped', 'decode', 'LabelledImages',
            'sample_single_positives', 'train_val_split', 'observe', 'Images', 'image_loader', 'epoch_order']
 
-# %% ../nbs/03_data.ipynb #4132b801
+# %% ../nbs/03_data.ipynb #44365b5a
 import hashlib
 import os
 import struct
@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 
 import aevlp
 
-# %% ../nbs/03_data.ipynb #e1eb85c8
+# %% ../nbs/03_data.ipynb #bf89e1bd
 class AevlpError(ValueError):
     "Something the user can put right: what was wrong, where, what to do."
 
@@ -38,7 +38,7 @@ def progress(
     "Loop with a bar and the time left; a loop that ends within two seconds shows nothing."
     return tqdm(iterable, desc=desc, total=total, delay=2, leave=False, dynamic_ncols=True)
 
-# %% ../nbs/03_data.ipynb #bc9c76a9
+# %% ../nbs/03_data.ipynb #2d8d3692
 _PACKAGE = Path(aevlp.__file__).resolve().parent
 
 
@@ -66,7 +66,7 @@ def shipped(
         raise AevlpError(f"{path} is missing, though it comes with aevlp: install the package again")
     return path
 
-# %% ../nbs/03_data.ipynb #9ac05175
+# %% ../nbs/03_data.ipynb #aeae02f7
 Image.init()
 FORMATS = tuple(f for f in ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "AVIF") if f in Image.OPEN)
 MAX_PIXELS = 100_000_000  # above: a decompression bomb, or a scan to be scaled down first
@@ -103,7 +103,7 @@ def _rgb(im) -> Image.Image:
         return Image.alpha_composite(Image.new("RGBA", im.size, "white"), im).convert("RGB")
     return im.convert("RGB")
 
-# %% ../nbs/03_data.ipynb #284c5f5a
+# %% ../nbs/03_data.ipynb #b92e2d3f
 def decode(
     path,  # an image file
 ) -> np.ndarray:  # (H, W, 3) uint8
@@ -133,7 +133,7 @@ def decode(
     except Exception as e:  # Pillow's decoders raise a dozen types on broken files
         raise AevlpError(f"{path}: the image cannot be decoded ({type(e).__name__}: {e}); replace it") from e
 
-# %% ../nbs/03_data.ipynb #77699d80
+# %% ../nbs/03_data.ipynb #6a896768
 def _label_matrix(name, what, values, shape, allowed) -> np.ndarray:  # int8
     "Labels as int8, or what is wrong with them."
     values = np.asarray(values)
@@ -169,7 +169,7 @@ def _fingerprint(data) -> str:
         digest.update(split.encode() + data.splits[split].astype("<i8").tobytes())
     return digest.hexdigest()[:12]
 
-# %% ../nbs/03_data.ipynb #6758f2f5
+# %% ../nbs/03_data.ipynb #2022e902
 @dataclass(frozen=True, eq=False)
 class LabelledImages:
     "Pictures, classes, what is observed and what is true, and the splits."
@@ -211,7 +211,7 @@ class LabelledImages:
         "The same for the same data set, wherever its folder is."
         return _fingerprint(self)
 
-# %% ../nbs/03_data.ipynb #df87304c
+# %% ../nbs/03_data.ipynb #18288d16
 @patch
 def summary(self: LabelledImages) -> pd.DataFrame:
     "One row per split: images, positives an image, rows without positive, observed positives an image."
@@ -230,23 +230,23 @@ def summary(self: LabelledImages) -> pd.DataFrame:
         )
     return pd.DataFrame(rows).set_index("split")
 
-# %% ../nbs/03_data.ipynb #6fdbc89d
+# %% ../nbs/03_data.ipynb #b8811a2c
 def sample_single_positives(
     truth: np.ndarray,  # (N, C) in {0, 1}
     seed: int = 1200,  # of numpy's legacy RandomState
     k: int = 1,  # positives kept in a row, where it has as many
 ) -> np.ndarray:  # (N, C) int8, 1 observed positive, 0 unknown
     "One positive per row, row after row from one stream, as Cole et al. drew them."
-    truth, rng = np.asarray(truth), np.random.RandomState(seed)
-    observed = np.zeros(truth.shape, np.int8)
-    for i, row in enumerate(progress(truth, "drawing single positives")):
-        positives, negatives = np.flatnonzero(row == 1), np.flatnonzero(row != 1)
+    positive, rng = np.asarray(truth) == 1, np.random.RandomState(seed)
+    observed = np.zeros(positive.shape, np.int8)
+    for i, row in enumerate(progress(positive, "drawing single positives")):
+        positives, negatives = row.nonzero()[0], (~row).nonzero()[0]
         rng.shuffle(positives)
         rng.shuffle(negatives)  # none is kept, but they are part of the stream
         observed[i, positives[:k]] = 1
     return observed
 
-# %% ../nbs/03_data.ipynb #da348d1b
+# %% ../nbs/03_data.ipynb #1a51a163
 def train_val_split(
     n: int,  # images of the official training set
     fraction: float = 0.2,  # for validation
@@ -257,7 +257,7 @@ def train_val_split(
     n_train = n - round(fraction * n)
     return np.sort(order[:n_train]), np.sort(order[n_train:])
 
-# %% ../nbs/03_data.ipynb #906eee14
+# %% ../nbs/03_data.ipynb #bab13019
 OBSERVATIONS = ("uniform", "size", "frequency", "confidence", "fraction")
 
 
@@ -298,7 +298,7 @@ def _most_confident(positive, scores, k) -> np.ndarray:  # (n, C) int8
     np.put_along_axis(chosen, first, 1, axis=1)
     return chosen * positive
 
-# %% ../nbs/03_data.ipynb #37dc5518
+# %% ../nbs/03_data.ipynb #66554323
 def observe(
     data: LabelledImages,  # with known truth
     how: str = "uniform",  # one of OBSERVATIONS
@@ -330,7 +330,7 @@ def observe(
             observed[ids] = _weighted(truth, weights[ids], k, rng)
     return replace(data, observed=observed)
 
-# %% ../nbs/03_data.ipynb #2f9e32d7
+# %% ../nbs/03_data.ipynb #7859012f
 class Images(Dataset):
     "Pictures by position, decoded when asked for."
 
@@ -355,7 +355,7 @@ class _ImageLoader(DataLoader):
         except AevlpError as e:  # a worker's error carries its traceback as text: keep the sentence
             raise AevlpError(str(e).rsplit("AevlpError: ", 1)[-1].strip()) from None
 
-# %% ../nbs/03_data.ipynb #fc44d595
+# %% ../nbs/03_data.ipynb #1a221c60
 def image_loader(
     data: LabelledImages,
     ids,  # (n,) positions in `data`
