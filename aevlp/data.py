@@ -6,9 +6,10 @@
 __all__ = ['FORMATS', 'MAX_PIXELS', 'OBSERVATIONS', 'AevlpError', 'progress', 'home', 'shipped', 'decode', 'LabelledImages',
            'sample_single_positives', 'train_val_split', 'observe', 'Images', 'image_loader', 'epoch_order']
 
-# %% ../nbs/03_data.ipynb #44365b5a
+# %% ../nbs/03_data.ipynb #1fbd15a1
 import hashlib
 import os
+import stat
 import struct
 import warnings
 from dataclasses import dataclass, field, replace
@@ -25,7 +26,7 @@ from tqdm.auto import tqdm
 
 import aevlp
 
-# %% ../nbs/03_data.ipynb #bf89e1bd
+# %% ../nbs/03_data.ipynb #e0da8781
 class AevlpError(ValueError):
     "Something the user can put right: what was wrong, where, what to do."
 
@@ -38,7 +39,7 @@ def progress(
     "Loop with a bar and the time left; a loop that ends within two seconds shows nothing."
     return tqdm(iterable, desc=desc, total=total, delay=2, leave=False, dynamic_ncols=True)
 
-# %% ../nbs/03_data.ipynb #2d8d3692
+# %% ../nbs/03_data.ipynb #2cf53376
 _PACKAGE = Path(aevlp.__file__).resolve().parent
 
 
@@ -66,7 +67,7 @@ def shipped(
         raise AevlpError(f"{path} is missing, though it comes with aevlp: install the package again")
     return path
 
-# %% ../nbs/03_data.ipynb #aeae02f7
+# %% ../nbs/03_data.ipynb #7304d9e9
 Image.init()
 FORMATS = tuple(f for f in ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "AVIF") if f in Image.OPEN)
 MAX_PIXELS = 100_000_000  # above: a decompression bomb, or a scan to be scaled down first
@@ -103,17 +104,26 @@ def _rgb(im) -> Image.Image:
         return Image.alpha_composite(Image.new("RGBA", im.size, "white"), im).convert("RGB")
     return im.convert("RGB")
 
-# %% ../nbs/03_data.ipynb #b92e2d3f
+
+def _check_file(path):
+    "A regular file that holds something."
+    try:
+        found = os.stat(path)
+    except FileNotFoundError:
+        raise AevlpError(f"{path}: the image does not exist; put it there or leave it out") from None
+    except (OSError, ValueError) as e:  # ValueError: a null byte in the name
+        raise AevlpError(f"{path}: the image cannot be read ({getattr(e, 'strerror', None) or e})") from None
+    if not stat.S_ISREG(found.st_mode):
+        raise AevlpError(f"{path}: is a folder or a device, where an image file was expected")
+    if found.st_size == 0:
+        raise AevlpError(f"{path}: the image file is empty; download or copy it again")
+
+# %% ../nbs/03_data.ipynb #96adb008
 def decode(
     path,  # an image file
 ) -> np.ndarray:  # (H, W, 3) uint8
     "The picture as a viewer shows it, RGB on white; of an animation the first frame."
-    path = Path(path)
-    if not path.is_file():
-        what = "is a folder" if path.is_dir() else "does not exist" if not path.exists() else "is not a regular file"
-        raise AevlpError(f"{path}: {what}, where an image was expected")
-    if path.stat().st_size == 0:
-        raise AevlpError(f"{path}: the image file is empty; download or copy it again")
+    _check_file(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -133,7 +143,7 @@ def decode(
     except Exception as e:  # Pillow's decoders raise a dozen types on broken files
         raise AevlpError(f"{path}: the image cannot be decoded ({type(e).__name__}: {e}); replace it") from e
 
-# %% ../nbs/03_data.ipynb #6a896768
+# %% ../nbs/03_data.ipynb #0ead11aa
 def _label_matrix(name, what, values, shape, allowed) -> np.ndarray:  # int8
     "Labels as int8, or what is wrong with them."
     values = np.asarray(values)
@@ -169,7 +179,7 @@ def _fingerprint(data) -> str:
         digest.update(split.encode() + data.splits[split].astype("<i8").tobytes())
     return digest.hexdigest()[:12]
 
-# %% ../nbs/03_data.ipynb #2022e902
+# %% ../nbs/03_data.ipynb #4f4d5848
 @dataclass(frozen=True, eq=False)
 class LabelledImages:
     "Pictures, classes, what is observed and what is true, and the splits."
@@ -211,7 +221,7 @@ class LabelledImages:
         "The same for the same data set, wherever its folder is."
         return _fingerprint(self)
 
-# %% ../nbs/03_data.ipynb #18288d16
+# %% ../nbs/03_data.ipynb #756934de
 @patch
 def summary(self: LabelledImages) -> pd.DataFrame:
     "One row per split: images, positives an image, rows without positive, observed positives an image."
@@ -230,7 +240,7 @@ def summary(self: LabelledImages) -> pd.DataFrame:
         )
     return pd.DataFrame(rows).set_index("split")
 
-# %% ../nbs/03_data.ipynb #b8811a2c
+# %% ../nbs/03_data.ipynb #6f3f07bb
 def sample_single_positives(
     truth: np.ndarray,  # (N, C) in {0, 1}
     seed: int = 1200,  # of numpy's legacy RandomState
@@ -246,7 +256,7 @@ def sample_single_positives(
         observed[i, positives[:k]] = 1
     return observed
 
-# %% ../nbs/03_data.ipynb #1a51a163
+# %% ../nbs/03_data.ipynb #607fc52a
 def train_val_split(
     n: int,  # images of the official training set
     fraction: float = 0.2,  # for validation
@@ -257,7 +267,7 @@ def train_val_split(
     n_train = n - round(fraction * n)
     return np.sort(order[:n_train]), np.sort(order[n_train:])
 
-# %% ../nbs/03_data.ipynb #bab13019
+# %% ../nbs/03_data.ipynb #487b5b7c
 OBSERVATIONS = ("uniform", "size", "frequency", "confidence", "fraction")
 
 
@@ -298,7 +308,7 @@ def _most_confident(positive, scores, k) -> np.ndarray:  # (n, C) int8
     np.put_along_axis(chosen, first, 1, axis=1)
     return chosen * positive
 
-# %% ../nbs/03_data.ipynb #66554323
+# %% ../nbs/03_data.ipynb #8f6c3ad8
 def observe(
     data: LabelledImages,  # with known truth
     how: str = "uniform",  # one of OBSERVATIONS
@@ -330,7 +340,7 @@ def observe(
             observed[ids] = _weighted(truth, weights[ids], k, rng)
     return replace(data, observed=observed)
 
-# %% ../nbs/03_data.ipynb #7859012f
+# %% ../nbs/03_data.ipynb #9332c0bb
 class Images(Dataset):
     "Pictures by position, decoded when asked for."
 
@@ -355,7 +365,7 @@ class _ImageLoader(DataLoader):
         except AevlpError as e:  # a worker's error carries its traceback as text: keep the sentence
             raise AevlpError(str(e).rsplit("AevlpError: ", 1)[-1].strip()) from None
 
-# %% ../nbs/03_data.ipynb #1a221c60
+# %% ../nbs/03_data.ipynb #cb7a24cf
 def image_loader(
     data: LabelledImages,
     ids,  # (n,) positions in `data`

@@ -1,0 +1,378 @@
+"""Broken and hostile files: whatever a reader is given, it answers with a data set or with one AevlpError."""
+
+import io
+import os
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from aevlp.benchmarks import load
+from aevlp.data import AevlpError, LabelledImages, decode
+
+RNG = np.random.default_rng(0)
+SCENE = Image.fromarray(np.kron(RNG.integers(0, 256, (6, 8, 3)), np.ones((6, 6, 1))).astype(np.uint8))
+COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture]}
+
+
+def saved(suffix, **kw):
+    out = io.BytesIO()
+    SCENE.save(out, suffix, **kw)
+    return out.getvalue()
+
+
+WHOLE = {
+    "jpg": saved("JPEG"),
+    "progressive.jpg": saved("JPEG", progressive=True),
+    "png": saved("PNG"),
+    "gif": saved("GIF"),
+    "tif": saved("TIFF", compression="tiff_lzw"),
+    "bmp": saved("BMP"),
+    "webp": saved("WEBP"),
+    "ppm": saved("PPM"),
+}
+
+
+def picture_or_error(path):
+    """A decoded picture, or one sentence that names the file."""
+    try:
+        found = decode(path)
+    except AevlpError as e:
+        assert str(path) in str(e)
+        return None
+    assert found.dtype == np.uint8 and found.ndim == 3 and found.shape[2] == 3
+    return found
+
+
+# --- pictures
+
+
+@pytest.mark.parametrize("suffix", WHOLE)
+def test_a_picture_cut_off_anywhere_is_an_error(tmp_path, suffix):
+    path, data = tmp_path / f"a.{suffix}", WHOLE[suffix]
+    path.write_bytes(data)
+    assert picture_or_error(path) is not None
+    for part in (0, 1, 2, 10, len(data) // 4, len(data) // 2, len(data) * 3 // 4):
+        path.write_bytes(data[:part])
+        assert picture_or_error(path) is None, part
+
+
+@settings(max_examples=150, **COMMON)
+@given(st.sampled_from(sorted(WHOLE)), st.lists(st.tuples(st.integers(0, 2000), st.integers(0, 255)), max_size=8))
+def test_flipped_bytes_never_do_anything_else(tmp_path, suffix, changes):
+    data = bytearray(WHOLE[suffix])
+    for place, value in changes:
+        data[place % len(data)] = value
+    path = tmp_path / f"a.{suffix}"
+    path.write_bytes(data)
+    picture_or_error(path)
+
+
+@settings(max_examples=100, **COMMON)
+@given(st.sampled_from([b"", b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF89a", b"BM", b"II*\0", b"RIFF"]), st.binary())
+def test_random_bytes_are_no_picture(tmp_path, magic, rest):
+    path = tmp_path / "a.jpg"
+    path.write_bytes(magic + rest)
+    picture_or_error(path)
+
+
+def test_what_is_not_a_picture(tmp_path):
+    (tmp_path / "folder.jpg").mkdir()
+    (tmp_path / "page.jpg").write_text("<html>404</html>")
+    (tmp_path / "drawing.eps").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n")
+    (tmp_path / "drawing.svg").write_text("<svg xmlns='http://www.w3.org/2000/svg'/>")
+    np.save(tmp_path / "array.npy", np.ones(3))
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "circle.jpg").symlink_to(tmp_path / "circle.jpg")
+    (tmp_path / "nowhere.jpg").symlink_to(tmp_path / "none.jpg")
+    (tmp_path / "none.jpg").unlink(missing_ok=True)
+    for path in [*tmp_path.iterdir(), tmp_path / "missing.jpg", tmp_path / ("x" * 300), "/dev/null", "a\0b.jpg"]:
+        assert picture_or_error(path) is None, path
+
+
+def test_a_picture_that_may_not_be_read(tmp_path, monkeypatch):
+    path = tmp_path / "a.png"
+    path.write_bytes(WHOLE["png"])
+
+    def refuse(*args, **kw):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Image, "open", refuse)
+    with pytest.raises(AevlpError, match="Permission denied"):
+        decode(path)
+
+
+def png_claiming(width, height):
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(b"\0" * 1000)) + chunk(b"IEND", b"")
+    )
+
+
+@pytest.mark.parametrize("size", [(12_000, 9_000), (40_000, 40_000), (2**31 - 1, 2**31 - 1), (1, 200_000_000)])
+def test_decompression_bombs_are_refused_before_decoding(tmp_path, size):
+    path = tmp_path / "bomb.png"
+    path.write_bytes(png_claiming(*size))
+    with pytest.raises(AevlpError, match="bomb.png.*(pixels|decoded)"):
+        decode(path)
+
+
+def test_floating_point_and_32_bit_pixels_are_refused(tmp_path):
+    Image.fromarray(np.full((4, 4), 0.5, np.float32)).save(tmp_path / "f.tif")
+    Image.fromarray(np.full((4, 4), 10**6, np.int32)).save(tmp_path / "i.tif")
+    for name in ("f.tif", "i.tif"):
+        with pytest.raises(AevlpError, match=f"{name}.*8 or 16 bits"):
+            decode(tmp_path / name)
+
+
+# --- paths that leave the folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    top = tmp_path_factory.mktemp("top")
+    root = top / "root"
+    (root / "deep").mkdir(parents=True)
+    (top / "outside").mkdir()
+    for name in (*(f"root/{i}.png" for i in range(8)), "outside/secret.png", "root/deep/a.png"):
+        (top / name).write_bytes(WHOLE["png"])
+    (root / "file_out.png").symlink_to(top / "outside/secret.png")
+    (root / "folder_out").symlink_to(top / "outside")
+    (root / "folder_up").symlink_to("..")
+    (root / "circle.png").symlink_to("circle.png")
+    (root / "ring").symlink_to(root / "gnir")
+    (root / "gnir").symlink_to(root / "ring")
+    (root / "dangling.png").symlink_to("not_there.png")
+    (root / "inside.png").symlink_to("0.png")
+    (root / "shallow").symlink_to("deep")
+    os.mkfifo(root / "pipe.png")
+    return root
+
+
+def read(folder, text):
+    data = text if isinstance(text, bytes) else text.encode(errors="surrogatepass")
+    (folder / "t.csv").write_bytes(data)
+    return load("csv", folder, csv=folder / "t.csv")
+
+
+EIGHT = "".join(f"{i}.png,x\n" for i in range(8))
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("../outside/secret.png", "leads out of"),
+        ("deep/../../outside/secret.png", "leads out of"),
+        ("/etc/passwd", "leads out of"),
+        ("file_out.png", "a symbolic link that leads out of"),
+        ("folder_out/secret.png", "a symbolic link leads out of"),
+        ("folder_up/outside/secret.png", "a symbolic link leads out of"),
+        ("circle.png", "a symbolic link that leads nowhere or in a circle"),
+        ("ring/a.png", "Too many levels of symbolic links"),
+        ("dangling.png", "a symbolic link that leads nowhere or in a circle"),
+        ("pipe.png", "not a file"),
+        ("deep", "not a file"),
+        (".", "is not in"),
+        ("deep/", "not a file"),
+        ("0.png/x", "Not a directory"),
+        ("a\0.png", "line 10"),
+        ("x" * 5000, "is not in"),
+        ("x" * 300 + "/a.png", "File name too long"),
+    ],
+)
+def test_paths_that_leave_or_lead_nowhere(folder, name, says):
+    with pytest.raises(AevlpError) as e:
+        read(folder, f"image,label\n{EIGHT}{name},x\n")
+    assert says in str(e.value) and "line 10" in str(e.value)
+
+
+def test_links_that_stay_inside_are_fine(folder):
+    assert len(read(folder, f"image,label\n{EIGHT}inside.png,x\nshallow/a.png,x\n")) == 10
+
+
+# --- tables
+
+
+def table_or_error(folder, text):
+    try:
+        data = read(folder, text)
+    except AevlpError as e:
+        assert "t.csv" in str(e)
+        return
+    assert isinstance(data, LabelledImages)
+    assert all(os.path.realpath(p).startswith(os.path.realpath(folder)) for p in data.paths)
+    assert {"train", "val", "test"} == set(data.splits)
+
+
+cell = st.one_of(
+    st.sampled_from([*(f"{i}.png" for i in range(8)), "x", "y", "0", "1", "", " ", "train", "val", "test", "../0.png"]),
+    st.text(max_size=6),
+)
+header = st.one_of(
+    st.lists(st.sampled_from(["image", "label", "split", "x", "y", ""]), min_size=1, max_size=4),
+    st.just(["image", "label"]),
+    st.just(["image", "x", "y", "split"]),
+)
+
+
+@settings(max_examples=300, **COMMON)
+@given(header, st.lists(st.lists(cell, max_size=4), max_size=10), st.sampled_from([",", ";", "\t"]))
+def test_tables_of_any_cells(folder, head, rows, separator):
+    table_or_error(folder, "\n".join(separator.join(r) for r in [head, *rows]))
+
+
+@settings(max_examples=200, **COMMON)
+@given(
+    st.permutations(range(8)),
+    st.lists(st.sampled_from(["0", "1", "2", ""]), min_size=16, max_size=16),
+    st.lists(st.sampled_from(["train", "train", "val", "test", "dev"]), min_size=8, max_size=8),
+)
+def test_nearly_good_tables(folder, order, labels, splits):
+    rows = [f"{i}.png,{labels[2 * k]},{labels[2 * k + 1]},{splits[k]}" for k, i in enumerate(order)]
+    table_or_error(folder, "\n".join(["image,x,y,split", *rows]))
+
+
+@settings(max_examples=200, **COMMON)
+@given(
+    st.sampled_from([b"", b"image,label\n", b"\xef\xbb\xbfimage,label\n", b"image,x\n0.png,"]), st.binary(max_size=80)
+)
+@example(b"image,label\n", b'"' + b"a" * 200_000)
+@example(b"image,label\n", b"0.png,\xff")
+@example(b"", b"\xff\xfei\0m\0")
+def test_tables_of_any_bytes(folder, start, rest):
+    table_or_error(folder, start + rest)
+
+
+# --- label matrices
+
+
+@pytest.fixture(scope="module")
+def formatted(tmp_path_factory):
+    root = tmp_path_factory.mktemp("formatted")
+    for phase in ("train", "val"):
+        names = [f"{phase}{i}.png" for i in range(6)]
+        for name in names:
+            (root / name).write_bytes(WHOLE["png"])
+        np.save(root / f"good_{phase}_images.npy", names)
+        np.save(root / f"good_{phase}_labels.npy", np.eye(6, 20))
+    return root
+
+
+PARTS = [f"{phase}_{what}.npy" for phase in ("train", "val") for what in ("images", "labels")]
+
+
+def restore(root):
+    for part in PARTS:
+        (root / f"formatted_{part}").write_bytes((root / f"good_{part}").read_bytes())
+    for phase in ("train", "val"):
+        (root / f"formatted_{phase}_labels_obs.npy").unlink(missing_ok=True)
+
+
+def matrix_or_error(root):
+    try:
+        data = load("npy", root)
+    except AevlpError as e:
+        assert str(root) in str(e)
+        return None
+    assert isinstance(data, LabelledImages)
+    return data
+
+
+def npy(array, **kw):
+    out = io.BytesIO()
+    np.save(out, array, **kw)
+    return out.getvalue()
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.mkdir, ("pickle_was_run",)
+
+
+@pytest.mark.parametrize(
+    ("part", "data", "says"),
+    [
+        ("train_labels", npy(np.full((6, 20), np.nan)), "nan at row 0, column 0"),
+        ("train_labels", npy(np.full((6, 20), np.inf)), "inf at row 0"),
+        ("train_labels", npy(np.full((6, 20), 0.5)), "0.5 at row 0"),
+        ("train_labels", npy(np.full((6, 20), -1)), "-1 at row 0"),
+        ("train_labels_obs", npy(np.full((6, 20), 2)), "2 at row 0"),
+        ("train_labels_obs", npy(np.ones((6, 19))), r"shape \(6, 19\)"),
+        ("train_labels", npy(np.eye(5, 20)), r"shape \(5, 20\)"),
+        ("train_labels", npy(np.ones(6)), r"shape \(6,\)"),
+        ("train_labels", npy(np.float64(1)), r"shape \(\)"),
+        ("train_labels", npy(np.eye(6, 20).astype(str)), "type <U"),
+        ("train_labels", npy(np.eye(6, 20).astype(complex)), "type complex128"),
+        ("train_labels", npy(np.zeros((6, 20), [("a", int)])), "type"),
+        ("train_labels", npy(np.zeros((6, 20), "M8[s]")), "type datetime64"),
+        ("val_labels", npy(np.eye(6, 19)), "the same classes"),
+        ("train_images", npy(np.arange(6)), "a list of strings"),
+        ("train_images", npy(np.array([["a"] * 6])), "a list of strings"),
+        ("train_images", npy(np.array(["../a.png"] * 6)), "leads out of|is in none of"),
+        ("val_images", npy(np.array(["../a.png"] * 6)), "leads out of"),
+        ("val_images", npy(np.array(["none.png"] * 6)), "'none.png' is not in"),
+        ("val_images", npy(np.array([b"\xff\xfe.png"] * 6)), "not UTF-8"),
+        ("train_images", npy(np.array([Bomb()] * 6), allow_pickle=True), "pickled"),
+        ("train_labels", npy(np.array([Bomb()] * 6), allow_pickle=True), "pickled"),
+        ("train_labels", b"", "not a readable"),
+        ("train_labels", b"PK\x03\x04", "not a readable"),
+        ("train_labels", b"\x80\x04\x95", "not a readable"),
+        ("train_labels", npy(np.eye(6, 20))[:-8], "not a readable"),
+        ("train_labels", npy(np.eye(6, 20)).replace(b"(6, 20)", b"(9, 10**9)"), "not a readable"),
+        (
+            "train_labels",
+            npy(np.eye(6, 20)).replace(b"'shape': (6, 20), }   ", b"'shape': (999999999999,)"),
+            "not a readable",
+        ),
+    ],
+)
+def test_wrong_matrices(formatted, monkeypatch, tmp_path, part, data, says):
+    monkeypatch.chdir(tmp_path)
+    restore(formatted)
+    (formatted / f"formatted_{part}.npy").write_bytes(data)
+    with pytest.raises(AevlpError, match=says):
+        load("npy", formatted)
+    assert not (tmp_path / "pickle_was_run").exists()
+
+
+def test_a_missing_matrix_is_named(formatted):
+    restore(formatted)
+    assert matrix_or_error(formatted) is not None
+    (formatted / "formatted_val_labels.npy").unlink()
+    with pytest.raises(AevlpError, match="formatted_val_labels.npy is missing"):
+        load("npy", formatted)
+
+
+@settings(max_examples=200, **COMMON)
+@given(
+    st.sampled_from(PARTS),
+    st.lists(st.tuples(st.integers(0, 1200), st.integers(0, 255)), max_size=6),
+    st.integers(0, 1200),
+)
+def test_flipped_and_cut_matrices(formatted, part, changes, end):
+    restore(formatted)
+    path = formatted / f"formatted_{part}"
+    data = bytearray(path.read_bytes())
+    for place, value in changes:
+        data[place % len(data)] = value
+    path.write_bytes(data[: end or None])
+    matrix_or_error(formatted)
+
+
+@settings(max_examples=100, **COMMON)
+@given(
+    st.sampled_from(PARTS),
+    st.sampled_from([b"", b"\x93NUMPY\x01\x00\x46\x00", b"\x93NUMPY\x03\x00"]),
+    st.binary(max_size=120),
+)
+def test_matrices_of_any_bytes(formatted, part, start, rest):
+    restore(formatted)
+    (formatted / f"formatted_{part}").write_bytes(start + rest)
+    matrix_or_error(formatted)
