@@ -1,0 +1,100 @@
+"""Sweeps survive failing runs, killed workers, a second sweep and Ctrl-C; nothing is run twice, no kernel is left."""
+
+import json
+import os
+import signal
+import time
+
+import pytest
+from fake_run import Sweep, alive, begun, fake_notebook, states, until
+
+from aevlp import runs
+from aevlp.data import AevlpError
+
+
+def spec(n, method="gr"):
+    return {"methods": [method], "seeds": list(range(n))}
+
+
+def running(folder):
+    return {n: s for n, s in states(folder).items() if s["state"] == "running" and "kernel" in s and n in begun(folder)}
+
+
+def test_a_failing_run_is_recorded_and_stops_no_other(tmp_path):
+    notebook = fake_notebook(tmp_path, fail=[1])
+    table = runs.sweep(spec(3), workers=2, runs=tmp_path, notebook=notebook)
+    assert table.state.tolist() == ["done", "failed", "done"]
+    assert table.error[1] == "ValueError: seed 1 was told to fail"
+    why = json.loads((tmp_path / table.run[1] / "error.json").read_text())
+    assert why["error"] == table.error[1] and any("told to fail" in line for line in why["last_lines"])
+    assert not any("\x1b" in line for line in why["last_lines"])
+
+    fake_notebook(tmp_path)  # what made it fail is put right
+    again = runs.sweep(spec(3), workers=1, runs=tmp_path, notebook=notebook)
+    assert again.state.tolist() == ["reused", "done", "reused"]
+    assert {n: len(b) for n, b in begun(tmp_path).items()} == {table.run[0]: 1, table.run[1]: 2, table.run[2]: 1}
+    assert not (tmp_path / table.run[1] / "error.json").exists()
+    assert not any(alive(pid) for pids in begun(tmp_path).values() for pid in pids)
+
+
+def test_a_killed_worker_s_run_is_taken_up_again(tmp_path):
+    sweep = Sweep(spec(3), tmp_path, fake_notebook(tmp_path, pause=1.0))
+    victim, said = until(lambda: next(iter(running(tmp_path).items()), None), sweep)
+    os.kill(said["process"]["pid"], signal.SIGKILL)
+    printed = sweep.end()
+    assert "['done', 'done', 'done']" in printed, printed
+    counts = {n: len(b) for n, b in begun(tmp_path).items()}
+    assert counts.pop(victim) == 2 and set(counts.values()) == {1}
+    assert not any(alive(pid) for pids in begun(tmp_path).values() for pid in pids)
+
+
+def test_two_sweeps_at_once_make_no_run_twice(tmp_path):
+    notebook = fake_notebook(tmp_path, pause=0.3)
+    sweeps = [Sweep(spec(4), tmp_path, notebook, workers=1) for _ in range(2)]
+    for sweep in sweeps:
+        printed = sweep.end()
+        assert printed.count("done") + printed.count("reused") and "failed  " not in printed, printed
+        assert "stopped" not in printed and "Traceback" not in printed, printed
+    assert {n: len(b) for n, b in begun(tmp_path).items()} == {n: 1 for n in states(tmp_path)}
+    assert {s["state"] for s in states(tmp_path).values()} == {"done"} and len(states(tmp_path)) == 4
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_ctrl_c_once_finishes_what_runs_and_twice_stops(tmp_path, times):
+    sweep = Sweep(spec(6), tmp_path, fake_notebook(tmp_path, pause=1.0 if times == 1 else 60))
+    until(lambda: len(running(tmp_path)) == 2, sweep)
+    began = time.monotonic()
+    for _ in range(times):
+        sweep.interrupt()
+        time.sleep(1)
+    printed = sweep.end()
+    found = [runs.status(tmp_path / n)["state"] for n in states(tmp_path)]
+    assert found == (["done", "done"] if times == 1 else ["interrupted", "interrupted"]), printed
+    assert time.monotonic() - began < 60
+    assert not any(alive(pid) for pids in begun(tmp_path).values() for pid in pids)
+    assert not list(tmp_path.glob(".sweep-*"))
+    if times == 1:
+        assert printed.count("stopped") == 4, printed
+
+
+def test_runs_that_share_a_bank_wait_for_the_first(tmp_path):
+    plan = runs.expand(
+        {"methods": ["an", "aevlp", "gpr+damp", "bce+damp"], "seeds": [0, 1], "overrides": {"grid": [2, 3]}}
+    )
+    todo = dict(zip(plan.run, plan.params, strict=True))
+    now, later = runs._waves(todo, set())
+    assert [todo[n]["method"] for n in now].count("an") == 4
+    leaders = [todo[n] for n in now if todo[n]["method"] != "an"]
+    assert sorted(p["recipe"]["grid"] for p in leaders) == [2, 3] and now[:2] == [
+        runs.run_name(p) for p in reversed(leaders)
+    ]
+    assert {len(names) for names in later.values()} == {3} and len(now) + 6 == len(todo)
+    assert runs._waves(todo, {runs.bank_of(p) for p in leaders})[1] == {}
+
+
+def test_a_dead_scheduler_is_one_sentence(tmp_path):
+    notebook = fake_notebook(tmp_path)
+    with pytest.raises(AevlpError, match="no dask scheduler answers at"):
+        with runs.cluster(scheduler="tcp://127.0.0.1:1"):
+            pass
+    assert notebook
