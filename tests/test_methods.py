@@ -239,28 +239,28 @@ def test_apl_two_rounds():
 
 
 def test_ll_cp_two_epochs():
-    observed = torch.tensor([[1, 0], [0, 1]], dtype=torch.int8)
-    objective = make("ll-cp", observed, ll_delta=25.0)  # k = ceil(2 * 2 * 25 %) = 1
+    observed = torch.tensor([[1, 0, 0], [0, 1, 0]], dtype=torch.int8)
+    objective = make("ll-cp", observed, ll_delta=16.0)  # k = ceil(2 * 3 * 16 %) = 1
 
     def nl(p):
         return -math.log(p)
 
     def step(epoch, logits):
         objective.start_epoch(epoch, 3)
-        return objective.loss(torch.tensor(logits), batch_of([0, 1], observed), nothing(2)[:, :2]).item()
+        return objective.loss(torch.tensor(logits), batch_of([0, 1], observed), nothing(2)[:, :3]).item()
 
-    first = [[1.0, 2.0], [0.5, -1.0]]
+    first = [[1.0, 2.0, -1.5], [0.5, -1.0, -2.5]]
     p = [[sigmoid(s) for s in row] for row in first]
-    assume = nl(p[0][0]) + nl(1 - p[0][1]) + nl(1 - p[1][0]) + nl(p[1][1])
-    assert step(1, first) == pytest.approx(assume / 4, abs=1e-6)
-    assert objective.corrected.tolist() == [[0, 0], [0, 0]]
-    correct = nl(p[0][0]) + nl(p[0][1]) + nl(1 - p[1][0]) + nl(p[1][1])  # (0, 1) has the largest loss
-    assert step(2, first) == pytest.approx(correct / 4, abs=1e-6)
-    assert objective.corrected.tolist() == [[0, 1], [0, 0]]
-    second = [[1.0, -3.0], [-2.0, 0.0]]  # (0, 1) stays a positive though its loss is small now; (1, 0) is next
+    rest = nl(p[0][0]) + nl(1 - p[0][2]) + nl(1 - p[1][0]) + nl(p[1][1]) + nl(1 - p[1][2])
+    assert step(1, first) == pytest.approx((rest + nl(1 - p[0][1])) / 6, abs=1e-6)
+    assert not objective.corrected.any()
+    assert step(2, first) == pytest.approx((rest + nl(p[0][1])) / 6, abs=1e-6)  # (0, 1) has the largest loss
+    assert objective.corrected.tolist() == [[0, 1, 0], [0, 0, 0]]
+    second = [[1.0, -3.0, -2.5], [-2.0, 0.0, -3.5]]  # (0, 1) stays though its loss is small now; (1, 0) is next
     p = [[sigmoid(s) for s in row] for row in second]
-    assert step(3, second) == pytest.approx(sum(nl(v) for row in p for v in row) / 4, abs=1e-6)
-    assert objective.corrected.tolist() == [[0, 1], [1, 0]]
+    positive = nl(p[0][0]) + nl(p[0][1]) + nl(p[1][0]) + nl(p[1][1])
+    assert step(3, second) == pytest.approx((positive + nl(1 - p[0][2]) + nl(1 - p[1][2])) / 6, abs=1e-6)
+    assert objective.corrected.tolist() == [[0, 1, 0], [1, 0, 0]]
 
 
 def test_mime_two_epochs():
