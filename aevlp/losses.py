@@ -213,10 +213,9 @@ def large_loss_mask(
 ):  # (B, C) bool
     "The unknown entries with the `k` largest assume-negative losses of the batch"
     unknown = observed == 0
-    k = min(k, int(unknown.sum()))
     if not k: return torch.zeros_like(unknown)
     losses = _nl(logits.detach())[1].masked_fill(~unknown, -torch.inf)
-    return losses >= losses.flatten().topk(k).values[-1]
+    return unknown & (losses >= losses.flatten().topk(min(k, losses.numel())).values[-1])
 
 def ll(
     logits,  # (B, C)
