@@ -85,18 +85,16 @@ class Eyes:
         sizes = torch.tensor([i.shape[-2:] for i in images])
         return make_views(images, view_plan(ids, sizes, self.settings, self.seed, epoch), self.settings, self.clip.device)
 
-    def encode(self, images, ids, epoch):  # -> (b, 1 + R, K) float32, unit norm
+    def encode(self, images, ids, epoch):  # -> (b, 1 + R, K) float16, unit norm: what the bank holds, so that labels are the same without it
         views = self._views(images, ids, epoch)
-        with torch.inference_mode(): out = self.clip.encode_images(views.flatten(0, 1))
-        return out.unflatten(0, views.shape[:2]).clone()
+        return self.clip.encode_images(views.flatten(0, 1)).unflatten(0, views.shape[:2]).half()
 
     def __call__(self, batch, epoch):  # -> (B, 1 + R, K)
         ids = batch.ids.cpu()
-        if self.bank is None: return self.encode(batch.images, ids, epoch)
+        if self.bank is None: return self.encode(batch.images, ids, epoch).float()
         found = self.bank.get(epoch, ids)
         if found is None:
-            lacking = self.bank.missing(epoch, ids)
-            places = [i for i, x in enumerate(ids.tolist()) if x in set(torch.as_tensor(lacking).tolist())]
+            places = np.flatnonzero(np.isin(ids, self.bank.missing(epoch, ids)))
             self.bank.put(epoch, ids[places], self.encode([batch.images[i] for i in places], ids[places], epoch))
             found = self.bank.get(epoch, ids)
         return found.to(self.clip.device).float()
@@ -158,14 +156,16 @@ def _bank(data, clip, settings, seed, views, root):
                views=asdict(settings) if settings else 'global', seed=seed)
     return Bank.open(root, key, data.splits['train'], views, clip.width)
 
+def _clip(name, weights, recipe, device): return load_clip(name, weights or None, device, 'bf16' if recipe.precision == 'bf16' else 'fp32')
+
 def _damp_labeler(data, recipe, seed, device, root):
-    clip = load_clip(recipe.clip, recipe.clip_weights or None, device)
+    clip = _clip(recipe.clip, recipe.clip_weights, recipe, device)
     settings = view_settings(recipe, clip)
-    eyes = Eyes(clip, settings, recipe.view_seed, _bank(data, clip, settings, recipe.view_seed, 1 + recipe.grid ** 2, root))
+    eyes = Eyes(clip, settings, recipe.view_seed, _bank(data, clip, settings, recipe.view_seed, settings.views, root))
     return DampLabeler(eyes, prototypes(recipe, clip, data.class_names, seed), recipe)
 
 def _vlpl_labeler(data, recipe, device, root):
-    clip = load_clip(recipe.vlpl_clip, recipe.vlpl_clip_weights or None, device)
+    clip = _clip(recipe.vlpl_clip, recipe.vlpl_clip_weights, recipe, device)
     eyes = Eyes(clip, None, 0, _bank(data, clip, None, 0, 1, root))
     return VlplLabeler(eyes, text_prototypes(clip, data.class_names, recipe.prompt, noise=False), recipe)
 
