@@ -220,7 +220,6 @@ def _engine() -> str:
     from papermill.engines import NBClientEngine, papermill_engines
     from papermill.log import logger
     from traitlets.config import Config
-    sockets = Config({"KernelManager": {"transport": "ipc"}})  # files of this user, no ports
 
     class Client(PapermillNotebookClient):
         def start_new_kernel(self, **kwargs):
@@ -238,13 +237,15 @@ def _engine() -> str:
                 nb_man.report(cell=cell_index + 1, cells=len(nb_man.nb.cells))
 
             nb_man.cell_complete = cell_complete
-            client = Client(nb_man, kernel_name=kernel_name, startup_timeout=300, iopub_timeout=120, log=logger,
-                            config=sockets)
-            try:
-                client.execute()
-            finally:
-                if nb_man.group:
-                    _kill_group(nb_man.group)
+            with tempfile.TemporaryDirectory(prefix="aevlp-") as private:  # sockets that only this user can open
+                sockets = Config({"KernelManager": {"transport": "ipc", "ip": f"{private}/kernel"}})
+                client = Client(nb_man, kernel_name=kernel_name, startup_timeout=300, iopub_timeout=120, log=logger,
+                                config=sockets)
+                try:
+                    client.execute()
+                finally:
+                    if nb_man.group:
+                        _kill_group(nb_man.group)
 
     papermill_engines.register("aevlp", Reporting)
     return "aevlp"
