@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NAMES', 'ARCHIVES', 'class_names', 'load', 'check', 'Archive', 'fetch']
 
-# %% ../nbs/04_benchmarks.ipynb #eb669a3a
+# %% ../nbs/04_benchmarks.ipynb #f4969940
 import csv as csv_module
 import difflib
 import hashlib
@@ -40,7 +40,7 @@ from aevlp.data import (
     train_val_split,
 )
 
-# %% ../nbs/04_benchmarks.ipynb #b000143a
+# %% ../nbs/04_benchmarks.ipynb #aaad165b
 NAMES = ("glyphs", "voc", "coco", "nus", "cub", "npy", "csv")
 
 
@@ -79,7 +79,7 @@ def class_names(
     names = shipped(f"classnames/{name}.txt").read_text(encoding="utf-8").split("\n")[:-1]
     return tuple(_cub_name(n, fidelity) for n in names) if name == "cub" else tuple(names)
 
-# %% ../nbs/04_benchmarks.ipynb #6b1a3d7f
+# %% ../nbs/04_benchmarks.ipynb #5398bc2d
 class _Folder:
     "Finds files below a root, each folder listed once."
 
@@ -130,7 +130,7 @@ class _Folder:
             return f"a symbolic link that leads out of {self.root}"
         return None if entry.is_file() else "not a file"
 
-# %% ../nbs/04_benchmarks.ipynb #1f5308bb
+# %% ../nbs/04_benchmarks.ipynb #8ad747c6
 def _report(where, problems):
     "Raise the first ten problems at once, if there are any."
     if problems:
@@ -153,7 +153,7 @@ def _text(path) -> str:
         line = data.count(b"\n", 0, e.start) + 1
         raise AevlpError(f"{path}, line {line}: not UTF-8 (byte 0x{data[e.start]:02x}); save the file as UTF-8") from None
 
-# %% ../nbs/04_benchmarks.ipynb #3396afe9
+# %% ../nbs/04_benchmarks.ipynb #5c05be01
 def _csv_rows(path) -> tuple:  # header, [(line number, cells)]
     "The cells of a comma-separated file; blank lines are left out."
     reader = csv_module.reader(io.StringIO(_text(path), newline=""), strict=True)
@@ -190,7 +190,7 @@ def _csv_header(path, header) -> list:
         raise AevlpError(f"{where}: no labels; add a column 'label', or one column of 0/1 per class")
     return names
 
-# %% ../nbs/04_benchmarks.ipynb #4cdbc2a1
+# %% ../nbs/04_benchmarks.ipynb #3721dc3a
 def _csv_images(folder, rows, at, problems) -> list:
     "The picture of every row, '' where something is wrong with it."
     images, seen = [], {}
@@ -219,7 +219,7 @@ def _csv_single(rows, at, classes, problems) -> tuple:  # class names, (n, C) in
             problems.append((line, f"unknown label {label!r}; {_nearest(label, known)}" if label else "no label"))
     return known, observed
 
-# %% ../nbs/04_benchmarks.ipynb #955596d1
+# %% ../nbs/04_benchmarks.ipynb #08475830
 def _csv_truth(rows, names, classes, problems) -> tuple:  # class names, (n, C) int8
     "Columns of 0 and 1."
     at = [i for i, n in enumerate(names) if n not in ("image", "split")]
@@ -239,7 +239,7 @@ def _csv_truth(rows, names, classes, problems) -> tuple:  # class names, (n, C) 
             truth[i] = 1
     return [names[j] for j in at], truth
 
-# %% ../nbs/04_benchmarks.ipynb #75ad49de
+# %% ../nbs/04_benchmarks.ipynb #c5252902
 def _csv_splits(rows, names, problems) -> dict:
     "From the column `split`, else 60/20/20; without 'val' a fifth of the training pictures is kept for it."
     if "split" not in names:
@@ -265,7 +265,7 @@ def _csv_splits(rows, names, problems) -> dict:
             problems.append((1, f"no row is left for split {split!r}"))
     return ids
 
-# %% ../nbs/04_benchmarks.ipynb #8b3fe8e9
+# %% ../nbs/04_benchmarks.ipynb #d2f29056
 def _csv(root, fidelity="paper", object_area=False, csv=None, classes=None) -> LabelledImages:
     "A folder of pictures with a table of labels."
     folder = _Folder(root)
@@ -307,7 +307,7 @@ def _class_list(classes):
         return classes
     return [line.strip() for line in _text(classes).splitlines() if line.strip()]
 
-# %% ../nbs/04_benchmarks.ipynb #2f128bb1
+# %% ../nbs/04_benchmarks.ipynb #93145fca
 def _npy(path) -> np.ndarray:
     "An array of numbers or strings; never an object array, never more than the file holds."
     try:
@@ -340,14 +340,15 @@ def _npy_images(path) -> list:
     names = _npy(path)
     if names.ndim != 1 or names.dtype.kind not in "US":
         raise AevlpError(f"{path} has shape {names.shape} and type {names.dtype}; a list of strings is needed")
+    if names.dtype.kind == "U" and names.dtype.itemsize:  # numpy lets numbers through that are no characters
+        if (np.ascontiguousarray(names, names.dtype.newbyteorder("=")).view(np.uint32) > 0x10FFFF).any():
+            raise AevlpError(f"{path} holds file names that are no text; copy it again")
     try:
-        names = [n.decode() if isinstance(n, bytes) else str(n) for n in names]
-        "".join(names).encode()  # numpy lets code points through that are no characters
-        return names
-    except ValueError as e:
-        raise AevlpError(f"{path} holds file names that are not UTF-8 or Unicode ({e}); copy it again") from None
+        return [n.decode() if isinstance(n, bytes) else str(n) for n in names]
+    except UnicodeDecodeError:
+        raise AevlpError(f"{path} holds file names that are not UTF-8; save them as text") from None
 
-# %% ../nbs/04_benchmarks.ipynb #cf548234
+# %% ../nbs/04_benchmarks.ipynb #1bd62dec
 _IMAGE_FOLDERS = (
     "",
     "images",
@@ -363,7 +364,7 @@ def _image_folder(root, first) -> Path:
     for folder in _IMAGE_FOLDERS:
         if (Path(root) / folder / first.replace("\\", "/")).is_file():
             return Path(root) / folder
-    raise AevlpError(f"{root}: {first} is in none of {', '.join(f or '.' for f in _IMAGE_FOLDERS)}; say where with images=DIR")
+    raise AevlpError(f"{root}: {first!r} is in none of {', '.join(f or '.' for f in _IMAGE_FOLDERS)}; say where with images=DIR")
 
 
 def _formatted(root, fidelity="paper", object_area=False, classes=None, images=None) -> LabelledImages:
@@ -388,7 +389,7 @@ def _names_by_number(root, columns, fidelity) -> tuple:
             return class_names(name, fidelity)
     raise AevlpError(f"{root}: the labels have {columns} classes, whose names are not known; name them with classes=FILE")
 
-# %% ../nbs/04_benchmarks.ipynb #f7654b52
+# %% ../nbs/04_benchmarks.ipynb #5fe15e8a
 def _official(
     name,
     folder,  # of the images
@@ -428,7 +429,7 @@ def _base(root, candidates, holds) -> Path:
     tried = ", ".join(str(root / c / holds) for c in candidates)
     raise AevlpError(f"{root / candidates[0] / holds} is missing (looked for {tried})")
 
-# %% ../nbs/04_benchmarks.ipynb #24b04f54
+# %% ../nbs/04_benchmarks.ipynb #fe63f95c
 _VOC_BASES = ("VOCdevkit/VOC2012", "", "VOC2012")
 
 
@@ -473,7 +474,7 @@ def _voc(root, fidelity="paper", object_area=False) -> LabelledImages:
     parts = [([f"{i}.jpg" for i in ids], truth) for ids, truth in lists]
     return _official("voc", base / "JPEGImages", classes, parts, areas=areas)
 
-# %% ../nbs/04_benchmarks.ipynb #19fdebcf
+# %% ../nbs/04_benchmarks.ipynb #4e79be41
 def _coco_part(path, folder) -> tuple:  # image names, (n, C) int8, (n, C) square pixels, class names
     "One instances_*.json."
     try:
@@ -505,7 +506,7 @@ def _coco(root, fidelity="paper", object_area=False) -> LabelledImages:
         raise AevlpError(f"{base}/annotations: the two instances files name different categories; extract the archive again")
     return _official("coco", root, train[3], [train[:2], test[:2]], areas=[train[2], test[2]])
 
-# %% ../nbs/04_benchmarks.ipynb #ecacaeee
+# %% ../nbs/04_benchmarks.ipynb #35184d1f
 _NUS_FOLDERS = [f"{top}{sub}" for top in ("", "NUS-WIDE/") for sub in ("", "Groundtruth", "ImageList", "ConceptsList")]
 
 
@@ -546,7 +547,7 @@ def _nus(root, fidelity="paper", object_area=False) -> LabelledImages:
             parts.append((names, np.stack(columns, 1)))
     return _official("nus", _base(root, ("", "NUS-WIDE"), "Flickr") / "Flickr", classes, parts)
 
-# %% ../nbs/04_benchmarks.ipynb #81965be0
+# %% ../nbs/04_benchmarks.ipynb #08debcec
 def _nus_all_labels(root, classes, lists) -> list:
     "AllLabels/ in the order of Imagelist.txt, cut into the two official lists."
     labels, every = _nus_find(root, "AllLabels"), _nus_find(root, "Imagelist.txt")
@@ -557,7 +558,7 @@ def _nus_all_labels(root, classes, lists) -> list:
             raise AevlpError(f"{every} does not list {unknown}, which the training or test list has")
     return [(names, truth[[order[n] for n in names]]) for names in lists]
 
-# %% ../nbs/04_benchmarks.ipynb #c0e0b9af
+# %% ../nbs/04_benchmarks.ipynb #7bca734b
 def _cub_table(path, fields) -> list:  # of tuples of str
     "Lines of `fields` words."
     rows = [(n, line.split()) for n, line in enumerate(_text(path).splitlines(), 1) if line.strip()]
@@ -602,7 +603,7 @@ def _cub(root, fidelity="paper", object_area=False) -> LabelledImages:
     parts = [([images[i][1] for i in np.flatnonzero(part)], truth[part]) for part in (training, ~training)]
     return _official("cub", base / "images", [_cub_name(a[1], fidelity) for a in attributes], parts)
 
-# %% ../nbs/04_benchmarks.ipynb #96861593
+# %% ../nbs/04_benchmarks.ipynb #4fb0e04e
 _READERS = {"voc": _voc, "coco": _coco, "nus": _nus, "cub": _cub, "npy": _formatted, "csv": _csv}
 
 
@@ -644,7 +645,7 @@ def load(
         data = _READERS[name](root, fidelity=fidelity, object_area=wanted.get("how") == "size", **kw)
     return observe(data, **wanted) if wanted else data
 
-# %% ../nbs/04_benchmarks.ipynb #902386a9
+# %% ../nbs/04_benchmarks.ipynb #e8b62882
 _EXPECTED = {  # official training images, test images, classes, positives per image, rows without positive (training, test)
     "voc": (5717, 5823, 20, 1.5, 0, 0),
     "coco": (82081, 40137, 80, 2.9, 0, 0),
@@ -674,7 +675,7 @@ def _needed(name, root) -> list:  # paths
     formatted = [root / f"formatted_{p}_{what}.npy" for p in ("train", "val") for what in ("images", "labels")]
     return [*([] if official else formatted), base(("", "NUS-WIDE"), "Flickr") / "Flickr"]
 
-# %% ../nbs/04_benchmarks.ipynb #27d8328f
+# %% ../nbs/04_benchmarks.ipynb #f6bbdac8
 def _counts(name, data) -> list:  # rows of (what, found, expected)
     "What the papers state of a benchmark, counted."
     official = np.sort(np.concatenate([data.splits["train"], data.splits["val"]]))
@@ -693,7 +694,7 @@ def _counts(name, data) -> list:  # rows of (what, found, expected)
         ("observed positives per image, train", round(float((data.observed[data.splits["train"]] == 1).sum(1).mean()), 3), None),
     ]
 
-# %% ../nbs/04_benchmarks.ipynb #0ad3d777
+# %% ../nbs/04_benchmarks.ipynb #0f432f5f
 def check(
     name: str,  # one of NAMES
     root=None,  # folder of the data set; default `home()/name`
@@ -713,7 +714,7 @@ def check(
     rows = [(what, found, "" if wanted is None else wanted, wanted in (None, found)) for what, found, wanted in rows]
     return pd.DataFrame(rows, columns=["what", "found", "expected", "ok"], dtype=object).set_index("what")
 
-# %% ../nbs/04_benchmarks.ipynb #89385e6c
+# %% ../nbs/04_benchmarks.ipynb #349308d0
 @dataclass(frozen=True)
 class Archive:
     "A file to download and unpack."
@@ -754,7 +755,7 @@ _NUS_HOW = (
     "(or the official Groundtruth, ImageList and ConceptsList folders) into {root}, then run `aevlp data check nus`"
 )
 
-# %% ../nbs/04_benchmarks.ipynb #cdbe2a16
+# %% ../nbs/04_benchmarks.ipynb #17b55c51
 def _transfer(url, part, timeout):
     "Append what is missing of a file; raises OSError when the connection breaks before the end."
     have = part.stat().st_size if part.exists() else 0
@@ -766,8 +767,7 @@ def _transfer(url, part, timeout):
         total = have + int(length) if length else None
         if total and shutil.disk_usage(part.parent).free < total - have:
             raise AevlpError(f"{part.parent}: not enough disk space for {(total - have) / 1e9:.1f} GB of {url}")
-        bar = progress(None, part.stem, total)
-        bar.unit, bar.unit_scale = "B", True
+        bar = progress(desc=part.stem, total=total, unit="B", unit_scale=True)
         bar.update(have)
         with bar, open(part, "ab" if have else "wb") as out:
             while block := answer.read(1 << 20):
@@ -796,7 +796,7 @@ def _download(archive, path, tries=6, pause=1.0, timeout=30):
     _verify(archive, part)
     os.replace(part, path)
 
-# %% ../nbs/04_benchmarks.ipynb #db70837d
+# %% ../nbs/04_benchmarks.ipynb #3b1c39c0
 def _verify(archive, part):
     "Compare with the known checksum; a wrong file is deleted."
     if archive.checksum:
@@ -807,7 +807,7 @@ def _verify(archive, part):
             part.unlink()
             raise AevlpError(f"{archive.url}: {kind} {found} instead of {wanted}; the file was deleted, run it again")
 
-# %% ../nbs/04_benchmarks.ipynb #d51a217f
+# %% ../nbs/04_benchmarks.ipynb #ecefe0e2
 def _extract(path, root):
     "Unpack a tar or zip below root, and nowhere else."
     try:
@@ -831,7 +831,7 @@ def _extract(path, root):
         path.unlink()
         raise AevlpError(f"{path} is damaged ({e}) and was deleted; run it again") from None
 
-# %% ../nbs/04_benchmarks.ipynb #075b5831
+# %% ../nbs/04_benchmarks.ipynb #9279dd05
 def fetch(
     name: str,  # 'voc', 'coco' or 'cub'; 'nus' says what to ask for
     root=None,  # where to; default `home()/name`

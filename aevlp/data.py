@@ -6,11 +6,12 @@
 __all__ = ['FORMATS', 'MAX_PIXELS', 'OBSERVATIONS', 'AevlpError', 'progress', 'home', 'shipped', 'decode', 'LabelledImages',
            'sample_single_positives', 'train_val_split', 'observe', 'Images', 'image_loader', 'epoch_order']
 
-# %% ../nbs/03_data.ipynb #1fbd15a1
+# %% ../nbs/03_data.ipynb #95b4ba74
 import hashlib
 import os
 import stat
 import struct
+import time
 import warnings
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -26,20 +27,57 @@ from tqdm.auto import tqdm
 
 import aevlp
 
-# %% ../nbs/03_data.ipynb #e0da8781
+# %% ../nbs/03_data.ipynb #0ac96fd4
 class AevlpError(ValueError):
     "Something the user can put right: what was wrong, where, what to do."
 
+# %% ../nbs/03_data.ipynb #db71ab3e
+class progress:
+    "Loop with a bar and the time left, shown from the third second on; without `iterable`, call `update`."
 
-def progress(
-    iterable,  # anything to loop over
-    desc: str = "",  # what is being done
-    total: int | None = None,  # number of steps, where `iterable` has no length
-):
-    "Loop with a bar and the time left; a loop that ends within two seconds shows nothing."
-    return tqdm(iterable, desc=desc, total=total, delay=2, leave=False, dynamic_ncols=True)
+    def __init__(
+        self,
+        iterable=None,  # anything to loop over
+        desc: str = "",  # what is being done
+        total: int | None = None,  # number of steps, where `iterable` has no length
+        **kw,  # of the bar, for example unit='B', unit_scale=True
+    ):
+        self.iterable, self.kw, self.n, self.bar = iterable, {"desc": desc, "leave": False, **kw}, 0, None
+        self.total = len(iterable) if total is None and hasattr(iterable, "__len__") else total
+        self.appears, self.postfix = time.monotonic() + 2, None
 
-# %% ../nbs/03_data.ipynb #2cf53376
+    def update(self, n: int = 1):
+        "n further steps are done."
+        self.n += n
+        if self.bar is not None:
+            self.bar.update(n)
+        elif time.monotonic() > self.appears:
+            self.bar = tqdm(total=self.total, initial=self.n, postfix=self.postfix, dynamic_ncols=True, **self.kw)
+
+    def set_postfix_str(self, text: str):
+        "Shown behind the bar."
+        self.postfix = text
+        if self.bar is not None:
+            self.bar.set_postfix_str(text)
+
+    def close(self):
+        "Take the bar away."
+        if self.bar is not None:
+            self.bar.close()
+
+    def __iter__(self):
+        with self:
+            for item in self.iterable:
+                yield item
+                self.update()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.close()
+
+# %% ../nbs/03_data.ipynb #6631cba1
 _PACKAGE = Path(aevlp.__file__).resolve().parent
 
 
@@ -67,7 +105,7 @@ def shipped(
         raise AevlpError(f"{path} is missing, though it comes with aevlp: install the package again")
     return path
 
-# %% ../nbs/03_data.ipynb #7304d9e9
+# %% ../nbs/03_data.ipynb #2d4143a8
 Image.init()
 FORMATS = tuple(f for f in ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "AVIF") if f in Image.OPEN)
 MAX_PIXELS = 100_000_000  # above: a decompression bomb, or a scan to be scaled down first
@@ -118,7 +156,7 @@ def _check_file(path):
     if found.st_size == 0:
         raise AevlpError(f"{path}: the image file is empty; download or copy it again")
 
-# %% ../nbs/03_data.ipynb #96adb008
+# %% ../nbs/03_data.ipynb #c350f0ce
 def decode(
     path,  # an image file
 ) -> np.ndarray:  # (H, W, 3) uint8
@@ -143,7 +181,7 @@ def decode(
     except Exception as e:  # Pillow's decoders raise a dozen types on broken files
         raise AevlpError(f"{path}: the image cannot be decoded ({type(e).__name__}: {e}); replace it") from e
 
-# %% ../nbs/03_data.ipynb #0ead11aa
+# %% ../nbs/03_data.ipynb #1c4d582f
 def _label_matrix(name, what, values, shape, allowed) -> np.ndarray:  # int8
     "Labels as int8, or what is wrong with them."
     values = np.asarray(values)
@@ -179,7 +217,7 @@ def _fingerprint(data) -> str:
         digest.update(split.encode() + data.splits[split].astype("<i8").tobytes())
     return digest.hexdigest()[:12]
 
-# %% ../nbs/03_data.ipynb #4f4d5848
+# %% ../nbs/03_data.ipynb #27a8fe0e
 @dataclass(frozen=True, eq=False)
 class LabelledImages:
     "Pictures, classes, what is observed and what is true, and the splits."
@@ -221,7 +259,7 @@ class LabelledImages:
         "The same for the same data set, wherever its folder is."
         return _fingerprint(self)
 
-# %% ../nbs/03_data.ipynb #756934de
+# %% ../nbs/03_data.ipynb #34d70dd8
 @patch
 def summary(self: LabelledImages) -> pd.DataFrame:
     "One row per split: images, positives an image, rows without positive, observed positives an image."
@@ -240,7 +278,7 @@ def summary(self: LabelledImages) -> pd.DataFrame:
         )
     return pd.DataFrame(rows).set_index("split")
 
-# %% ../nbs/03_data.ipynb #6f3f07bb
+# %% ../nbs/03_data.ipynb #de00b27f
 def sample_single_positives(
     truth: np.ndarray,  # (N, C) in {0, 1}
     seed: int = 1200,  # of numpy's legacy RandomState
@@ -256,7 +294,7 @@ def sample_single_positives(
         observed[i, positives[:k]] = 1
     return observed
 
-# %% ../nbs/03_data.ipynb #607fc52a
+# %% ../nbs/03_data.ipynb #4d613e01
 def train_val_split(
     n: int,  # images of the official training set
     fraction: float = 0.2,  # for validation
@@ -267,7 +305,7 @@ def train_val_split(
     n_train = n - round(fraction * n)
     return np.sort(order[:n_train]), np.sort(order[n_train:])
 
-# %% ../nbs/03_data.ipynb #487b5b7c
+# %% ../nbs/03_data.ipynb #d465d1aa
 OBSERVATIONS = ("uniform", "size", "frequency", "confidence", "fraction")
 
 
@@ -308,7 +346,7 @@ def _most_confident(positive, scores, k) -> np.ndarray:  # (n, C) int8
     np.put_along_axis(chosen, first, 1, axis=1)
     return chosen * positive
 
-# %% ../nbs/03_data.ipynb #8f6c3ad8
+# %% ../nbs/03_data.ipynb #58dd6866
 def observe(
     data: LabelledImages,  # with known truth
     how: str = "uniform",  # one of OBSERVATIONS
@@ -340,7 +378,7 @@ def observe(
             observed[ids] = _weighted(truth, weights[ids], k, rng)
     return replace(data, observed=observed)
 
-# %% ../nbs/03_data.ipynb #9332c0bb
+# %% ../nbs/03_data.ipynb #0f90146e
 class Images(Dataset):
     "Pictures by position, decoded when asked for."
 
@@ -365,7 +403,7 @@ class _ImageLoader(DataLoader):
         except AevlpError as e:  # a worker's error carries its traceback as text: keep the sentence
             raise AevlpError(str(e).rsplit("AevlpError: ", 1)[-1].strip()) from None
 
-# %% ../nbs/03_data.ipynb #cb7a24cf
+# %% ../nbs/03_data.ipynb #0edafbd9
 def image_loader(
     data: LabelledImages,
     ids,  # (n,) positions in `data`

@@ -17,6 +17,7 @@ from aevlp.data import (
     home,
     image_loader,
     observe,
+    progress,
     sample_single_positives,
     train_val_split,
 )
@@ -303,3 +304,14 @@ def test_home_follows_the_environment(monkeypatch, tmp_path):
     assert home() == tmp_path / "here"
     monkeypatch.delenv("AEVLP_HOME")
     assert home() == Path(os.path.abspath(__file__)).parents[1] / "data"
+
+
+def test_progress_appears_only_where_it_takes_long(capsys):
+    assert list(progress(range(3), "short")) == [0, 1, 2] and capsys.readouterr().err == ""
+    with progress(desc="long", total=9) as bar:
+        bar.appears = 0
+        bar.set_postfix_str("mAP 50.0")
+        bar.update(4)
+        bar.update(2)
+        assert bar.bar.n == bar.n == 6 and "mAP 50.0" in str(bar.bar) and "6/9" in str(bar.bar)
+    assert bar and "long" in capsys.readouterr().err
