@@ -548,7 +548,7 @@ def score(self: Training, split):
     per_class = 100 * average_precision(probs, torch.from_numpy(self.targets(split)).to(self.device))
     return probs, per_class, float(per_class.mean())
 
-
+# %% ../nbs/13_train.ipynb #8c15195e
 @patch
 def end_epoch(self: Training):
     "Objective's update, validation, best weights, history, checkpoint."
@@ -577,7 +577,7 @@ def end_epoch(self: Training):
     self.checkpoint()
     return row
 
-
+# %% ../nbs/13_train.ipynb #a0162cb8
 def _number(value):
     "A float, None where there is none, as the precision of labels whose truth is unknown."
     return float(value) if math.isfinite(value) else None
@@ -585,6 +585,7 @@ def _number(value):
 
 @patch
 def write_history(self: Training):
+    "The epochs so far, as a table."
     if self.main:
         with replacing(self.run_dir / "history.csv") as file:
             file.write(pd.DataFrame(self.at["history"], columns=HISTORY).to_csv(index=False).encode())

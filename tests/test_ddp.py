@@ -38,7 +38,9 @@ def runs(tmp_path_factory):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_same_losses_labels_and_weights(runs, method):
-    (_, history, predictions, pseudo, _), (_, history2, predictions2, pseudo2, _) = (tiny.result(r / method) for r in runs)
+    (_, history, predictions, pseudo, _), (_, history2, predictions2, pseudo2, _) = (
+        tiny.result(r / method) for r in runs
+    )
     np.testing.assert_allclose(column(history, 1), column(history2, 1), rtol=1e-4)  # loss of each epoch
     np.testing.assert_allclose(column(history, 3), column(history2, 3), atol=0.5)  # validation mAP
     assert pseudo == pseudo2

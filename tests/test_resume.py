@@ -20,7 +20,9 @@ from aevlp.train import load_checkpoint, save_checkpoint
 def test_kill_9(tmp_path, kills):
     """Half of the kills at random moments, half in the middle of writing a file."""
     command = [sys.executable, tiny.__file__, "soak", str(tmp_path), str(kills), "1200"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=600, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
     print(done.stdout)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     assert done.stdout.count(": killed") >= kills - 1
@@ -67,7 +69,9 @@ def lose(name):
     return lambda checkpoint: (checkpoint / name).unlink()
 
 
-@pytest.mark.parametrize("harm", [shorten, flip_a_bit, lose("manifest.json"), lose("best.safetensors"), lose("state.pt")])
+@pytest.mark.parametrize(
+    "harm", [shorten, flip_a_bit, lose("manifest.json"), lose("best.safetensors"), lose("state.pt")]
+)
 def test_torn_checkpoint(whole, tmp_path, harm):
     data, numbers = whole
     before, newest = cut(tmp_path, data)
@@ -96,9 +100,9 @@ def test_best_weights_come_from_the_checkpoint(whole, tmp_path):
     assert tiny.result(tmp_path) == numbers
 
 
-@pytest.mark.parametrize("method", ["role", "em-apl", "gpr+random", "ll-cp+random"])
+@pytest.mark.parametrize("method", ["role", "em-apl", "gpr+random", "ll-cp+random", "mime", "smile"])
 def test_state_of_objectives(tmp_path, method):
-    """Tables of labels, soft negatives, running sums and corrections are where they were."""
+    """Tables of labels, soft negatives, running sums, corrections, dropout and latents go on as they were."""
     torch.set_num_threads(1)
     data = tiny.shapes(tmp_path / "pictures", n=60)
     overrides = {"apl_warmup": 1, "ll_delta": 5.0, "epochs": 4}

@@ -46,18 +46,22 @@ def run(data, tmp_path_factory):
 
 def sklearn_map(probs, targets):
     columns = range(targets.shape[1])
-    return 100 * np.mean([average_precision_score(targets[:, c], probs[:, c]) if targets[:, c].any() else 0 for c in columns])
+    return 100 * np.mean(
+        [average_precision_score(targets[:, c], probs[:, c]) if targets[:, c].any() else 0 for c in columns]
+    )
 
 
 def test_a_plain_loop_gives_the_same_losses(data, tmp_path):
-    """Assume-negative training as in a tutorial, on the same order and flips."""
-    recipe = tiny.small("an", epochs=2, head_lr=6e-3)
+    """Assume-negative training as in a tutorial, on the same order and flips (Adam would magnify the last digits)."""
+    recipe = tiny.small("an", epochs=2, head_lr=6e-3, optimizer="sgd")
     ours = []
-    train.fit(data, "an", recipe, 0, tmp_path / "run", device="cpu", progress=False, on_epoch=lambda r: ours.append(r["loss"]))
+    train.fit(
+        data, "an", recipe, 0, tmp_path / "run", device="cpu", progress=False, on_epoch=lambda r: ours.append(r["loss"])
+    )
     train.seed_everything(0)
     model = build_model(recipe, 5)
     groups = [{"params": model.backbone.parameters(), "lr": 3e-3}, {"params": model.head.parameters(), "lr": 6e-3}]
-    optimizer, losses = torch.optim.Adam(groups), []
+    optimizer, losses = torch.optim.SGD(groups, momentum=0.9), []
     for epoch in (1, 2):
         model.train()
         total, order = 0.0, epoch_order(data.splits["train"], 0, epoch)
@@ -72,7 +76,7 @@ def test_a_plain_loop_gives_the_same_losses(data, tmp_path):
             optimizer.step()
             total += loss.item() * len(ids)
         losses.append(total / len(order))
-    np.testing.assert_allclose(ours, losses, rtol=1e-4)
+    np.testing.assert_allclose(ours, losses, rtol=1e-5)
 
 
 @pytest.mark.parametrize("how", ["again", "workers", "not kept in memory"])
@@ -88,7 +92,9 @@ def test_same_numbers_to_the_last_digit(data, run, tmp_path, monkeypatch, how):
 
 
 def test_another_seed_gives_other_numbers(data, run, tmp_path):
-    train.fit(data, "gpr+random", tiny.small("gpr+random"), 1, tmp_path / "run", device="cpu", bank=False, progress=False)
+    train.fit(
+        data, "gpr+random", tiny.small("gpr+random"), 1, tmp_path / "run", device="cpu", bank=False, progress=False
+    )
     assert tiny.result(tmp_path / "run")[2] != tiny.result(run)[2]
 
 
@@ -185,11 +191,15 @@ def test_a_loss_that_is_not_finite_stops_the_run(data, run, tmp_path, monkeypatc
 
 
 def test_early_stop(data, tmp_path):
-    metrics = tiny.train(tmp_path / "run", "an", data, {"lr": 0.0, "head_lr": 0.0, "early_stop": "em", "epochs": 5})
-    assert metrics["epochs_run"] < 5 and metrics["epochs_run"] == metrics["best_epoch"] + 1
+    """A classifier that stands still: the second epoch is no new best."""
+    still = {"lr": 0.0, "head_lr": 0.0, "backbone": "test_convnext", "early_stop": "em", "epochs": 5}
+    metrics = tiny.train(tmp_path / "run", "an", data, still)
+    assert (metrics["epochs_run"], metrics["best_epoch"]) == (2, 1)
 
 
-@pytest.mark.parametrize("overrides", [{"precision": "bf16"}, {"channels_last": True}, {"optimizer": "sgd"}, {"optimizer": "adamax"}])
+@pytest.mark.parametrize(
+    "overrides", [{"precision": "bf16"}, {"channels_last": True}, {"optimizer": "sgd"}, {"optimizer": "adamax"}]
+)
 def test_switches_train(data, tmp_path, overrides):
     losses = []
     tiny.train(tmp_path / "run", "an", data, overrides | {"epochs": 2}, on_epoch=lambda row: losses.append(row["loss"]))
@@ -199,7 +209,9 @@ def test_switches_train(data, tmp_path, overrides):
 @pytest.mark.slow
 def test_compiled_classifier(data, tmp_path):
     losses = []
-    tiny.train(tmp_path / "run", "an", data, {"compile": True, "epochs": 2}, on_epoch=lambda row: losses.append(row["loss"]))
+    tiny.train(
+        tmp_path / "run", "an", data, {"compile": True, "epochs": 2}, on_epoch=lambda row: losses.append(row["loss"])
+    )
     assert losses[1] < losses[0] < 1
 
 
@@ -243,7 +255,9 @@ def test_what_cannot_be_trained(data, tmp_path, change, message):
     data = replace(data, splits=change.get("splits", data.splits))
     recipe = tiny.small("an", **change.get("recipe", {}))
     with pytest.raises(AevlpError, match=message):
-        train.fit(data, change.get("method", "an"), recipe, 0, tmp_path, device=change.get("device", "cpu"), progress=False)
+        train.fit(
+            data, change.get("method", "an"), recipe, 0, tmp_path, device=change.get("device", "cpu"), progress=False
+        )
 
 
 def test_folders_that_cannot_be_used(data, run, tmp_path):

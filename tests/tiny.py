@@ -1,6 +1,7 @@
 """A tiny training run for the tests that kill processes or start several: coloured shapes and a small network.
 
-`python tiny.py fit FOLDER METHOD ...` is one rank of some runs; `python tiny.py soak FOLDER KILLS SEED` kills a run again and again.
+`python tiny.py fit FOLDER METHOD ...` is one rank of some runs;
+`python tiny.py soak FOLDER KILLS SEED` kills a run again and again.
 """
 
 import json
@@ -20,7 +21,8 @@ from aevlp.recipes import recipe
 from aevlp.train import fit
 
 COLOURS = ((220, 60, 50), (60, 170, 80), (60, 90, 210), (230, 180, 40), (150, 60, 180))
-# No batch normalisation, whose statistics are those of a rank's own rows; no Adam, to which the gradient's scale is nothing.
+# No batch normalisation, whose statistics are those of a rank's own rows;
+# no Adam, to which the scale of a gradient is nothing.
 EXACT = {"backbone": "test_convnext", "epochs": 2, "optimizer": "sgd", "lr": 0.05, "head_lr": 0.1}
 TIMES = ("seconds", "images_per_second")
 
@@ -43,7 +45,9 @@ def shapes(folder, n=120, seed=0, truth_known=True):
     splits = {"train": np.arange(n // 2), "val": np.arange(n // 2, 3 * n // 4), "test": np.arange(3 * n // 4, n)}
     names = [f"colour {c}" for c in range(len(COLOURS))]
     paths = [str(p) for p in paths]
-    return LabelledImages("shapes", paths, names, sample_single_positives(truth), truth if truth_known else None, splits)
+    return LabelledImages(
+        "shapes", paths, names, sample_single_positives(truth), truth if truth_known else None, splits
+    )
 
 
 def small(method, **overrides):
@@ -60,11 +64,19 @@ def result(run):
     predictions = np.load(run / "predictions.npz")
     pseudo = {p.name: np.load(p)["pseudo"].tolist() for p in sorted((run / "pseudo").iterdir())}
     metrics = {k: v for k, v in metrics.items() if k not in TIMES}
-    return metrics, history, {k: predictions[k].tolist() for k in predictions}, pseudo, (run / "best.safetensors").read_bytes()
+    return (
+        metrics,
+        history,
+        {k: predictions[k].tolist() for k in predictions},
+        pseudo,
+        (run / "best.safetensors").read_bytes(),
+    )
 
 
 def train(run, method, data, overrides=None, **kwargs):
-    return fit(data, method, small(method, **overrides or {}), 0, run, device="cpu", bank=False, progress=False, **kwargs)
+    return fit(
+        data, method, small(method, **overrides or {}), 0, run, device="cpu", bank=False, progress=False, **kwargs
+    )
 
 
 def die_at_sync(count):
@@ -115,7 +127,7 @@ def _died(status):
 def soak(folder, kills, seed, method="gpr+random"):
     """One run left alone and one killed `kills` times; prints where each kill hit."""
     torch.set_num_threads(1)
-    folder, rng, data = Path(folder), random.Random(seed), shapes(Path(folder) / "pictures")
+    folder, rng, data = Path(folder), random.Random(seed), shapes(Path(folder) / "pictures", n=80)
     start = time.monotonic()
     assert not killed_after(lambda: train(folder / "whole", method, data), 600)
     whole, run, left = time.monotonic() - start, folder / "killed", kills
