@@ -254,6 +254,8 @@ _TABLE1 = (  # name, title, labeler, source, paper, independent runs
     ('vlpl', 'VLPL', 'vlpl', 'Xing et al., CVPRW 2024; Tables 1 and 2', (89.10, 71.45, 49.55, 24.02), ()),
     ('aevlp', 'AEVLP', 'damp', 'Tables 1 and 2 (GPR + DAMP)', (90.46, 73.54, 50.70, 24.89), ()),
 )
+
+# %% ../nbs/12_methods.ipynb #e6c84475
 _TABLE2 = (
     ('bce+random', 'BCE + Random', 'random', 'Table 2', (86.84, 67.46, 41.23, 10.69), ()),
     ('gpr+random', 'GPR + Random', 'random', 'Table 2', (87.33, 70.00, 43.60, 14.98), ()),
@@ -287,4 +289,4 @@ def get(name):  # a name of `METHODS`, or any 'loss+labeler'
     if not plus: raise _nearest('method', name, METHODS)
     if loss not in OBJECTIVES: raise _nearest('loss', loss, OBJECTIVES)
     if labeler not in LABELERS: raise _nearest('labeler', labeler, LABELERS)
-    return Method(name, f'{loss.upper()} + {labeler.upper()}', loss, labeler, _HEADS.get(loss, 'linear'))
+    return Method(name, f'{loss} + {labeler}', loss, labeler, _HEADS.get(loss, 'linear'))
