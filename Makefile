@@ -9,7 +9,7 @@ READY  := $(VENV)/.ready
 .DEFAULT_GOAL := demo
 
 $(READY): constraints.txt settings.ini setup.py pyproject.toml
-	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "aevlp needs Python 3.11 or newer; name one: make PYTHON=python3.11"'
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11, 4), "aevlp needs Python 3.11.4 or newer; name one: make PYTHON=python3.11"'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip setuptools wheel
 	@echo "Installing torch, open_clip, JupyterLab and the rest into $(VENV): some minutes, about 6 GB ..."
