@@ -754,7 +754,7 @@ def cluster(
     from distributed import Client, LocalCluster
     if scheduler:
         try:
-            client = Client(scheduler, timeout=20, set_as_default=False)
+            client = Client(scheduler, timeout=10, set_as_default=False)
         except (OSError, ValueError) as e:
             raise AevlpError(f"no dask scheduler answers at {scheduler} ({e}); start one with `dask scheduler`") from None
         with client:

@@ -56,7 +56,7 @@ def states(folder) -> dict:
     return {p.parent.name: json.loads(p.read_text()) for p in Path(folder).glob("*/status.json")}
 
 
-def until(condition, sweep, seconds=90):
+def until(condition, sweep, seconds=300):
     """Wait until something is true while a sweep runs, and give it."""
     end = time.monotonic() + seconds
     while time.monotonic() < end and sweep.process.poll() is None:
@@ -97,7 +97,7 @@ if __name__ == "__main__":
         """Ctrl-C in a terminal: the whole foreground group gets it."""
         os.killpg(self.process.pid, signal.SIGINT)
 
-    def end(self, seconds=120) -> str:
+    def end(self, seconds=600) -> str:
         """Wait for the end; everything that was printed."""
         try:
             return self.process.communicate(timeout=seconds)[0]

@@ -1,0 +1,197 @@
+"""The command line: help, examples, exit codes, one sentence an error, JSON, and no colour in a pipe."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from test_runs import finished
+
+from aevlp import cli
+
+AEVLP = str(Path(sys.executable).parent / "aevlp")
+COMMANDS = "demo train sweep results report figure methods recipe predict export card lab app".split()
+GROUPS = {"data": ["check", "fetch"], "bank": ["ls", "verify", "rm"]}
+
+
+def call(capsys, *arguments):
+    """Exit code, standard output, standard error."""
+    with pytest.raises(SystemExit) as end:
+        cli.main([str(a) for a in arguments])
+    out, err = capsys.readouterr()
+    return end.value.code or 0, out, err
+
+
+def test_help_fits_a_screen_comes_at_once_and_has_no_colour_in_a_pipe():
+    script = (
+        "import sys, time; t = time.process_time(); from aevlp import cli\n"
+        "try: cli.main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "assert 'torch' not in sys.modules and time.process_time() - t < 1"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env=os.environ | {"COLUMNS": "80"}
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) <= 40 and max(map(len, done.stdout.splitlines())) <= 80
+    assert "\x1b" not in done.stdout and all(f"\n  {name} " in done.stdout for name in [*COMMANDS, *GROUPS])
+
+
+@pytest.mark.parametrize("command", [[c] for c in COMMANDS] + [[g, c] for g, names in GROUPS.items() for c in names])
+def test_every_command_has_an_example_that_parses(capsys, command):
+    code, out, _ = call(capsys, *command, "--help")
+    examples = re.findall(r"^ +aevlp (.+)$", out, re.M)
+    assert code == 0 and examples and all(e.split()[: len(command)] == command for e in examples), out
+    options = set(re.findall(r"--[a-z-]+", out.partition("Example")[0]))
+    assert {o for e in examples for o in re.findall(r"--[a-z-]+", e)} <= options
+
+
+def test_what_is_in_the_frames_is_shown_as_text_and_as_json(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("AEVLP_RUNS", str(tmp_path))
+    assert call(capsys, "results")[:2] == (0, "nothing\n")
+    run = finished(tmp_path, 61.25)
+    code, out, _ = call(capsys, "results", "--dataset", "glyphs")
+    assert code == 0 and run.name in out and "61.25" in out
+    code, out, _ = call(capsys, "results", "--json")
+    assert code == 0 and json.loads(out)[0]["test_map"] == 61.25
+    assert json.loads(call(capsys, "results", "--json", "--method", "an")[1]) == []
+    code, out, _ = call(capsys, "methods", "--json")
+    assert code == 0 and {"full", "an", "gr", "aevlp"} <= {m["name"] for m in json.loads(out)}
+    code, out, _ = call(capsys, "recipe", "voc", "aevlp", "--set", "grid=3", "--json")
+    assert code == 0 and next(r for r in json.loads(out) if r["field"] == "grid")["voc"] == 3
+    code, out, _ = call(capsys, "sweep", "table1", "--seeds", "0", "--dry-run", "--json")
+    plan = {r["label"]: r for r in json.loads(out)}
+    assert code == 0 and plan["GR Loss"]["state"] == "done" and plan["AEVLP"]["state"] == "new" and len(plan) == 17
+    code, out, _ = call(capsys, "report", "table1")
+    assert code == 0 and Path(out.strip()).read_text().startswith("<!doctype html>")
+
+
+WRONG = {
+    "an unknown command": (["trian"], "trian"),
+    "an unknown option": (["train", "--sed", "1"], "--sed"),
+    "a word for a number": (["train", "--seed", "one"], "one"),
+    "an unknown method": (["train", "--method", "aevlpp"], "aevlp"),
+    "an unknown data set": (["train", "--dataset", "glyps"], "glyphs"),
+    "an unknown setting": (["train", "--set", "negativ_ratio=0.2"], "negative_ratio"),
+    "a setting without value": (["train", "--set", "grid"], "key=value"),
+    "a value of the wrong type": (["train", "--set", "grid=two"], "whole number"),
+    "a folder that is not there": (
+        ["train", "--dataset", "csv", "--root", "/nowhere", "--csv", "/nowhere/x.csv"],
+        "nowhere",
+    ),
+    "a sweep that is not there": (["sweep", "table7"], "table7"),
+    "seeds that are words": (["sweep", "table1", "--seeds", "a,b"], "0,1,2"),
+    "a run that is not there": (["predict", "nothing", "a.png"], "nothing"),
+    "neither form": (["export", "x"], "--onnx"),
+    "a run without metrics": (["card", "/nowhere"], "nowhere"),
+    "an unknown figure": (["figure", "figure9"], "figure9"),
+    "zero seeds": (["demo", "--seeds", "0"], "seeds"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_use_is_exit_code_2_and_says_what_to_do(capsys, tmp_path, monkeypatch, case):
+    monkeypatch.setenv("AEVLP_RUNS", str(tmp_path))
+    arguments, said = WRONG[case]
+    code, out, err = call(capsys, *arguments)
+    assert code == 2 and said in err and "Traceback" not in err, (code, err)
+    assert not list(tmp_path.glob("*/params.yaml")), "something was started"
+
+
+def test_a_run_that_fails_is_exit_code_1_and_one_line(capsys, tmp_path, monkeypatch):
+    from fake_run import fake_notebook
+
+    from aevlp import runs
+
+    monkeypatch.setenv("AEVLP_RUNS", str(tmp_path))
+    notebook, train = fake_notebook(tmp_path, fail=[4]), runs.train
+    monkeypatch.setattr(runs, "train", lambda **kw: train(**kw, notebook=notebook))
+    code, _, err = call(capsys, "train", "--method", "gr", "--seed", "4")
+    assert code == 1 and err.splitlines()[-1].startswith("aevlp: ValueError: seed 4 was told to fail")
+    code, out, _ = call(capsys, "train", "--method", "gr", "--seed", "3")
+    assert code == 0 and Path(out.splitlines()[-1]).is_dir()
+
+
+def test_a_closed_pipe_is_no_error():
+    done = subprocess.run(
+        f"set -o pipefail; {AEVLP} recipe | head -1", shell=True, executable="/bin/bash", capture_output=True, text=True
+    )
+    assert "Traceback" not in done.stderr and "Broken" not in done.stderr and done.returncode in (0, 141)
+
+
+def test_a_defect_is_one_sentence_too(capsys, monkeypatch):
+    from aevlp import runs
+
+    monkeypatch.setattr(runs, "frame", lambda: 1 / 0)
+    code, _, err = call(capsys, "results")
+    assert (code, err) == (1, "aevlp: ZeroDivisionError: division by zero (AEVLP_DEBUG=1 shows where)\n")
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.one_of(
+        st.text(max_size=20),
+        st.builds("{}={}".format, st.sampled_from(["lr", "grid", "noise", "clip", "epochs"]), st.text(max_size=8)),
+    )
+)
+@example("lr=nan")
+@example("lr=inf")
+@example("grid=99999999999999999999")
+@example("epochs=1e400")
+@example("=")
+@example("grid=２")
+def test_any_override_is_taken_or_refused_with_one_sentence(capsys, text):
+    code, out, err = call(capsys, "recipe", "glyphs", "aevlp", "--set", text)
+    assert code in (0, 2) and "Traceback" not in err
+    assert out if code == 0 else err.strip()
+
+
+def until_answers(server):
+    """The address that a server printed, once it answers."""
+    line = server.stdout.readline()
+    assert line.startswith("http://127.0.0.1:"), line + (server.stdout.read() if server.poll() is not None else "")
+    return line.strip()
+
+
+@pytest.mark.parametrize("command", ["lab", "app"])
+def test_servers_listen_here_only_and_want_their_token(tmp_path, command):
+    import urllib.error
+    import urllib.request
+
+    import psutil
+
+    env = os.environ | {"AEVLP_RUNS": str(tmp_path), "JUPYTER_CONFIG_DIR": str(tmp_path / "jupyter")}
+    server = subprocess.Popen(
+        [AEVLP, command, "--no-browser"], stdout=subprocess.PIPE, text=True, env=env, start_new_session=True
+    )
+    try:
+        url = until_answers(server)
+        family = [psutil.Process(server.pid), *psutil.Process(server.pid).children(recursive=True)]
+        places = {c.laddr.ip for p in family for c in p.net_connections("tcp") if c.status == "LISTEN"}
+        assert places == {"127.0.0.1"}
+        assert urllib.request.urlopen(url, timeout=60).status == 200
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            request = urllib.request.Request(
+                url.partition("?")[0].replace("/lab/tree", "/api/contents/lab"), headers={"Accept": "application/json"}
+            )
+            request = request if command == "lab" else url.partition("?")[0]
+            page = urllib.request.urlopen(request, timeout=60)
+            if "login" in page.url:
+                raise urllib.error.HTTPError(page.url, 403, "login", page.headers, None)
+        assert refused.value.code in (401, 403)
+        token = url.rpartition("=")[2]
+        assert not any(token in " ".join(p.cmdline()) for p in family), "the token is in the list of processes"
+    finally:
+        family = psutil.Process(server.pid).children(recursive=True) if server.poll() is None else []
+        os.killpg(server.pid, 2)
+        server.wait(30)
+        until = time.monotonic() + 10
+        while any(p.is_running() and p.status() != "zombie" for p in family) and time.monotonic() < until:
+            time.sleep(0.1)
+    assert not any(p.is_running() and p.status() != "zombie" for p in family), "a server is left behind"

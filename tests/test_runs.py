@@ -1,0 +1,260 @@
+"""Run folders: names, locks, resuming, collecting; tables, tests of significance, the report."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+from fake_run import alive, begun, fake_notebook
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from aevlp import recipes, results, runs
+from aevlp.data import AevlpError
+
+
+def finished(folder, test_map=60.0, epochs=2, **params):
+    """A finished run's folder, made by hand."""
+    params = runs.run_params(**({"dataset": "glyphs", "method": "gr"} | params))
+    made = folder / runs.run_name(params)
+    made.mkdir(parents=True)
+    (made / "params.yaml").write_text(yaml.safe_dump(params | runs.provenance()))
+    metrics = {"test_map": test_map, "val_map": test_map + 1, "average_precision": 0.8, "per_class": {"cup": 50.0}}
+    (made / "metrics.json").write_text(json.dumps(metrics))
+    (made / "status.json").write_text(json.dumps({"state": "done", "seconds": 10.0}))
+    lines = [f"{e},{1 / e},{50 + e},0.9,0.5,0.9,0.{5 + e},5.0" for e in range(1, epochs + 1)]
+    head = "epoch,loss,val_map,precision,recall,accumulated_precision,accumulated_recall,seconds"
+    (made / "history.csv").write_text("\n".join([head, *lines]))
+    return made
+
+
+def test_a_name_depends_on_what_decides_the_numbers_and_on_nothing_else():
+    def name(**kw):
+        return runs.run_name(runs.run_params(**({"dataset": "glyphs", "method": "aevlp"} | kw)))
+
+    assert re.fullmatch(r"glyphs-aevlp-s0-[0-9a-f]{8}", name())
+    same = [name(), name(method="gpr+damp"), name(overrides={}), name(seed=0)]
+    assert len(set(same)) == 1
+    other = [
+        {"seed": 1},
+        {"fidelity": "released"},
+        {"observation": "size"},
+        {"overrides": {"lr": 0.123}},
+        {"root": "/x"},
+    ]
+    assert len({name(), *(name(**kw) for kw in other)}) == 6
+    script = "from aevlp import runs; print(runs.run_name(runs.run_params('glyphs', 'aevlp')))"
+    again = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env=os.environ | {"PYTHONHASHSEED": "7"}
+    )
+    assert again.stdout.strip() == name()
+
+
+def test_the_key_forgets_where_the_pictures_lie():
+    here, there = (runs.run_params("voc", "gr", root=root) for root in ("/here", "/there"))
+    assert runs.run_key(here) == runs.run_key(there) and runs.run_name(here) != runs.run_name(there)
+
+
+def test_parameters_survive_the_file(tmp_path):
+    params = runs.run_params("voc", "aevlp", seed=3, overrides={"lr": "1e-7", "negative_ratio": 0.1})
+    folder = runs.open_folder(params, tmp_path / "run")
+    read = runs.read_params(folder)
+    assert {k: read[k] for k in params} == params
+    assert recipes.Recipe(**read["recipe"]).lr == 1e-7
+    assert {"version", "commit", "torch", "device", "python"} <= set(read)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "!!python/object/apply:os.system ['echo pwned > pwned']",
+        "- a list",
+        "dataset: [",
+        "dataset: glyphs",
+        "\x00",
+    ],
+)
+def test_a_hostile_params_file_is_one_sentence(tmp_path, text, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "params.yaml").write_text(text)
+    with pytest.raises(AevlpError, match="params.yaml"):
+        runs.read_params(tmp_path)
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_one_run_is_made_once_goes_on_after_a_kill_and_is_made_again_on_demand(tmp_path):
+    params = runs.run_params("glyphs", "gr")
+    notebook, folder = fake_notebook(tmp_path), tmp_path / runs.run_name(params)
+    folder.mkdir()
+    orphan = subprocess.Popen(["sleep", "100"], start_new_session=True)  # the kernel of a worker that was killed
+    said = {
+        "state": "running",
+        "host": runs._HOST,
+        "process": {"pid": 1, "born": 0},
+        "kernel": runs._process(orphan.pid),
+    }
+    (folder / "status.json").write_text(json.dumps(said))
+    (folder / "last").mkdir()
+    assert runs.status(folder)["state"] == "interrupted"
+    assert runs.train(params, tmp_path, notebook=notebook) == folder
+    assert orphan.wait(5) == -9, "the orphaned kernel was not ended"
+    assert (folder / "last").is_dir(), "a half-done run starts from what is there"
+    assert runs.status(folder)["state"] == "done" and (folder / "train.ipynb").is_file()
+    runs.train(params, tmp_path, notebook=notebook)
+    assert len(begun(tmp_path)[folder.name]) == 1, "a finished run was made again"
+    runs.train(params, tmp_path, notebook=notebook, force=True)
+    assert len(begun(tmp_path)[folder.name]) == 1 and not (folder / "last").exists(), "force starts from nothing"
+    assert not any(alive(pid) for pid in begun(tmp_path)[folder.name])
+
+
+def test_a_failed_run_says_why(tmp_path):
+    notebook = fake_notebook(tmp_path, fail=[5])
+    with pytest.raises(runs.RunFailed, match="ValueError: seed 5 was told to fail.*train.ipynb"):
+        runs.train(runs.run_params("glyphs", "gr", seed=5), tmp_path, notebook=notebook)
+    row = runs.frame(tmp_path).iloc[0]
+    assert row.state == "failed" and row.error == "ValueError: seed 5 was told to fail"
+
+
+def test_a_lock_is_respected_and_a_stop_file_too(tmp_path):
+    params = runs.run_params("glyphs", "gr")
+    with runs._locked(tmp_path / runs.run_name(params), wait=False) as ours:
+        assert ours
+        other = (
+            f"from aevlp import runs; print(runs.attempt(runs.run_params('glyphs', 'gr'), {str(tmp_path)!r})['state'])"
+        )
+        assert subprocess.run([sys.executable, "-c", other], capture_output=True, text=True).stdout.strip() == "busy"
+    (tmp_path / "stop").touch()
+    assert runs.attempt(params, tmp_path, stop=tmp_path / "stop")["state"] == "stopped"
+
+
+def test_thousands_of_runs_are_read_in_seconds(tmp_path):
+    first = finished(tmp_path)
+    params, said = (first / "params.yaml").read_text(), runs.read_params(first)
+    for seed in range(1, 2000):
+        folder = tmp_path / runs.run_name(said | {"seed": seed})
+        folder.mkdir()
+        (folder / "params.yaml").write_text(params.replace("seed: 0\n", f"seed: {seed}\n", 1))
+        for name in ("metrics.json", "status.json", "history.csv"):
+            os.link(first / name, folder / name)
+    began = time.process_time()
+    table = runs.frame(tmp_path)
+    assert len(table) == 2000 and table.key.nunique() == 2000 and sorted(table.seed) == list(range(2000))
+    assert time.process_time() - began < 15
+    past = runs.history(tmp_path, set(table.run[:100]))
+    assert len(past) == 200 and {"run", "dataset", "method", "seed", "epoch", "val_map"} <= set(past)
+
+
+def test_a_frame_of_nothing_has_its_columns(tmp_path):
+    assert runs.frame(tmp_path / "none").empty and "test_map" in runs.frame(tmp_path / "none")
+    assert runs.history(tmp_path / "none").empty
+
+
+def test_a_run_is_found_by_the_beginning_of_its_name(tmp_path):
+    a, b = finished(tmp_path), finished(tmp_path, method="an")
+    assert runs.find("glyphs-gr", tmp_path) == a and runs.find(b, tmp_path) == b
+    with pytest.raises(AevlpError, match="2 runs begin"):
+        runs.find("glyphs", tmp_path)
+    with pytest.raises(AevlpError, match="nearest is"):
+        runs.find("glyps-gr", tmp_path)
+
+
+def test_an_estimate_uses_runs_of_the_same_kind(tmp_path):
+    finished(tmp_path)
+    table = runs.sweep({"methods": ["gr", "an"], "seeds": [0, 1]}, runs=tmp_path, dry_run=True)
+    assert table.state.tolist() == ["done", "new", "new", "new"] and table.seconds.tolist() == [0, 10, 10, 10]
+    assert "1 of 4 runs are done, 3 to do: about 00:15 with 2 at a time" in runs.cost(table, 2)
+    other = runs.sweep({"datasets": ["voc"], "methods": ["gr"]}, runs=tmp_path, dry_run=True)
+    assert other.seconds.isna().all() and "no run like 1" in runs.cost(other)
+
+
+@pytest.mark.parametrize("name", [f"table{n}" for n in range(1, 7)] + ["figure2", "figure3"])
+@pytest.mark.parametrize("dataset", ["glyphs", "voc", "coco", "nus", "cub"])
+def test_every_shipped_sweep_expands_on_every_data_set(name, dataset):
+    plan = runs.expand(name, dataset, root=None if dataset == "glyphs" else "/somewhere")
+    assert len(plan) and plan.label.notna().all()
+    if dataset != "glyphs" and name.startswith("table") and name not in ("table1", "table2"):
+        assert plan.paper.notna().all(), "the paper has a number for every row"
+
+
+def test_the_paper_s_numbers_stand_beside_ours(tmp_path):
+    for seed, test_map in enumerate([60.0, 61.0, 62.0]):
+        finished(tmp_path, test_map, method="an", seed=seed)
+        finished(tmp_path, test_map + [2, 4, 6][seed], method="gr", seed=seed)
+    table = results.rows("table1", "glyphs", folder=tmp_path)
+    shown = results.beside_paper(table, {"test_map": ("mAP", 1)}, "GR Loss")
+    assert shown.loc["Assume Negative", "mAP"] == "61.00 ± 1.00 (3)" and shown.loc["ROLE", "mAP"] == "–"
+    p = stats.ttest_rel([60, 61, 62], [62, 65, 68]).pvalue
+    assert shown.loc["Assume Negative", "minus GR Loss"] == f"-4.00 (p = {p:.3f})"
+    lack = results.missing(table, "table1", "glyphs")
+    assert (
+        lack.startswith("45 of 51 runs are missing") and "`aevlp sweep table1 --dataset glyphs --seeds 0,1,2`" in lack
+    )
+    voc = results.rows("table1", "voc", folder=tmp_path, root="/v")
+    assert results.beside_paper(voc, {}).loc["AEVLP", "paper"] == 90.46
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.tuples(st.floats(0, 100), st.floats(0, 100)), min_size=1, max_size=6))
+def test_pairs_agree_with_scipy_and_few_pairs_say_nothing(pairs):
+    ours, other = (pd.Series([p[i] for p in pairs], dtype=float) for i in (0, 1))
+    mean, p, n = results.paired(ours, other)
+    assert n == len(pairs) and np.isclose(mean, (ours - other).mean())
+    if n < 3:
+        assert np.isnan(p)
+    elif (ours - other).std() > 1e-6:
+        assert np.isclose(p, stats.ttest_rel(ours, other).pvalue)
+
+
+def test_the_report_stands_alone(tmp_path):
+    for seed in range(3):
+        for i, method in enumerate(["an", "gr", "aevlp"]):
+            finished(tmp_path, 60.0 + 5 * i + seed * (1 + 0.1 * i), method=method, seed=seed)
+    broken = finished(tmp_path, method="full")
+    (broken / "status.json").write_text('{"state": "failed"}')
+    (broken / "error.json").write_text('{"error": "ValueError: <b>", "last_lines": ["line <1>", "line 2"]}')
+    spec = {"name": "mine", "methods": ["full", "an", "gr", "aevlp"], "seeds": [0, 1, 2]}
+    page = results.report(spec, folder=tmp_path)
+    text = page.read_text()
+    assert page == tmp_path / "mine.html" and "70.00 ± 1.20" not in text and "71.20 ± 1.20 (3)" in text
+    assert (
+        "minus gr" in text
+        and "(p = " in text
+        and "Failed runs" in text
+        and "line &lt;1&gt;" in text
+        and "<b>" not in text
+    )
+    assert not re.search(r'(src|href)="https?:', text), "the page needs the network"
+    links = set(re.findall(r'href="([^"]+)"', text))
+    assert len(links) == 10 and all((tmp_path / link).parent.is_dir() for link in links)
+    few = results.report(spec | {"seeds": [0, 1]}, folder=tmp_path, out=tmp_path / "few.html").read_text()
+    assert "n = 2 &lt; 3: no test" in few
+
+
+words = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=8,
+)
+keys = st.sampled_from(
+    ["name", "datasets", "methods", "rows", "seeds", "overrides", "fidelity", "observation", "metric", "x"]
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.dictionaries(keys, words | st.just(["gr"]) | st.just([{"method": "gr"}]) | st.just({"lr": [1e-4]}), max_size=5)
+)
+def test_any_sweep_is_expanded_or_refused_with_one_sentence(spec):
+    try:
+        plan = runs.expand(spec)
+    except AevlpError as e:
+        assert str(e).strip()
+    else:
+        assert len(plan) and plan.run.notna().all()
