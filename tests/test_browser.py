@@ -104,7 +104,7 @@ def servers(folder):
         for name, command in commands.items()
     }  # fmt: skip
     try:
-        end = time.monotonic() + 40
+        end = time.monotonic() + 120
         while not all(answers(url) for url in alive.values()):
             dead = [n for n, p in running.items() if p.poll() is not None]
             said = [(folder / f"{n}.log").read_text()[-2000:] for n in logs]
@@ -129,6 +129,7 @@ class Tab:
     def __init__(self, browser, server, address, page):
         self.server, self.errors = server, []
         self.page = browser.new_page(viewport={"width": 1280, "height": 1000})
+        self.page.set_default_timeout(120_000)
         self.page.on("console", self.said)
         self.page.on("pageerror", lambda e: self.errors.append(str(e)))
         self.page.goto(address.format(page), wait_until="commit")
@@ -144,7 +145,7 @@ class Tab:
             ready = "jupyterapp?.shell?.currentWidget?.sessionContext"
             self.page.wait_for_function(f"{ready}?.isReady && {ready}?.session?.kernel?.status === 'idle'")
             self.page.evaluate("jupyterapp.commands.execute('notebook:run-all-cells')")
-        self.page.wait_for_selector(".aevlp-stage img[src^='data:']", timeout=60_000)
+        self.page.wait_for_selector(".aevlp-stage img[src^='data:']", timeout=240_000)
 
     def picture(self, name):
         return self.page.get_attribute(f".aevlp-app .aevlp-{name}", "src")
@@ -153,7 +154,7 @@ class Tab:
         return self.page.inner_text(selector)
 
     def until(self, happened, what):
-        end = time.monotonic() + 15
+        end = time.monotonic() + 60
         while not happened():
             assert time.monotonic() < end, what
             self.page.wait_for_timeout(50)

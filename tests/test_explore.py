@@ -18,8 +18,9 @@ from aevlp.data import AevlpError, LabelledImages, decode
 from aevlp.explore import FILTERS, KEYS, OTHERS, SLIDERS, Explore, Explorer, Review, explore, review, verdicts
 from aevlp.labelers import Batch, build_labeler
 from aevlp.recipes import recipe
+from aevlp.vlm import load_clip
 
-SMALL = {"clip_weights": "none", "backbone_weights": "none", "grid": 2, "temperature": 0.01, "global_threshold": 0.05}
+SMALL = {"backbone_weights": "none", "grid": 2, "temperature": 0.05, "global_threshold": 0.2}
 SMALL |= {"epochs": 1, "batch_size": 8, "workers": 0, "local_threshold": 0.2, "negative_ratio": 0.2}
 
 
@@ -40,11 +41,8 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def clip():
-    """One small CLIP with random weights for all tests."""
-    torch.manual_seed(0)
-    from aevlp.vlm import load_clip
-
-    return load_clip(glyphs.CLIP_NAME, "none")
+    """The small CLIP, loaded once for all tests."""
+    return load_clip(glyphs.CLIP_NAME)
 
 
 @pytest.fixture
