@@ -10,7 +10,6 @@ __all__ = ['LABELERS', 'Batch', 'Labeler', 'RandomLabeler', 'large_loss_count', 
 import difflib
 import math
 from dataclasses import asdict, dataclass
-from functools import partial
 
 import numpy as np
 import torch
@@ -135,9 +134,6 @@ class Fixed(Labeler):
     def load_state_dict(self, state): self.table, self.known = state['table'].clone(), state['known'].clone()
 
 # %% ../nbs/10_labelers.ipynb #5b0d8f83
-LABELERS = {'none': 'no pseudo-labels', 'damp': 'dynamic labels from CLIP on augmented patches', 'fixed-damp': "DAMP's labels of epoch 1, kept",
-            'vlpl': 'fixed labels from CLIP on the whole image', 'random': 'fixed random positives', 'll-ct': "the classifier's largest losses"}
-
 def view_settings(recipe, clip):  # a `Recipe`, a `Clip`
     "What CLIP is shown under `recipe`"
     norm = dict(mean=clip.mean, std=clip.std) if recipe.clip_norm == 'clip' else dict(mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD)
@@ -164,10 +160,20 @@ def _damp_labeler(data, recipe, seed, device, root):
     eyes = Eyes(clip, settings, recipe.view_seed, _bank(data, clip, settings, recipe.view_seed, settings.views, root))
     return DampLabeler(eyes, prototypes(recipe, clip, data.class_names, seed), recipe)
 
-def _vlpl_labeler(data, recipe, device, root):
+def _vlpl_labeler(data, recipe, seed, device, root):
     clip = _clip(recipe.vlpl_clip, recipe.vlpl_clip_weights, recipe, device)
     eyes = Eyes(clip, None, 0, _bank(data, clip, None, 0, 1, root))
     return VlplLabeler(eyes, text_prototypes(clip, data.class_names, recipe.prompt, noise=False), recipe)
+
+def _fixed(labeler, data): return Fixed(labeler, len(data.splits['train']), len(data.class_names))
+
+LABELERS = {  # name -> function of (data, recipe, seed, device, bank_root) that gives a `Labeler`; your own goes here too
+    'none': lambda *_: Labeler(),
+    'damp': _damp_labeler,
+    'fixed-damp': lambda data, *rest: _fixed(_damp_labeler(data, *rest), data),  # the labels of epoch 1, kept
+    'vlpl': lambda data, *rest: _fixed(_vlpl_labeler(data, *rest), data),
+    'random': lambda data, recipe, seed, *_: _fixed(RandomLabeler(recipe.random_positives, seed), data),
+    'll-ct': lambda data, recipe, *_: LargeLossLabeler(recipe.ll_delta)}
 
 def build_labeler(name,            # a key of `LABELERS`
                   data,            # `LabelledImages`
@@ -178,8 +184,4 @@ def build_labeler(name,            # a key of `LABELERS`
     "The labeler of a run on `data`'s training split"
     if name not in LABELERS:
         raise AevlpError(f"no labeler is called '{name}'; the nearest is '{difflib.get_close_matches(name, LABELERS, n=1, cutoff=0)[0]}'.")
-    fixed = partial(Fixed, n_images=len(data.splits['train']), n_classes=len(data.class_names))
-    return {'none': Labeler, 'random': lambda: fixed(RandomLabeler(recipe.random_positives, seed)), 'll-ct': lambda: LargeLossLabeler(recipe.ll_delta),
-            'damp': lambda: _damp_labeler(data, recipe, seed, device, bank_root),
-            'fixed-damp': lambda: fixed(_damp_labeler(data, recipe, seed, device, bank_root)),
-            'vlpl': lambda: fixed(_vlpl_labeler(data, recipe, device, bank_root))}[name]()
+    return LABELERS[name](data, recipe, seed, device, bank_root)
