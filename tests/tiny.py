@@ -54,6 +54,7 @@ def small(method, **overrides):
     """A recipe for `shapes`: a few seconds of training."""
     given = dict(backbone="glyphnet", backbone_weights="none", image_size=32, workers=0, epochs=3, batch_size=8)
     given |= dict(lr=3e-3, head_lr=3e-3, expected_positives=2.0, random_positives=1.0)
+    given |= dict(mime_width=32, mime_ffn=32, mime_z=8)
     return recipe("shapes", method, **given | overrides)
 
 
