@@ -267,7 +267,7 @@ SWITCHES = (
     _w(2, 'patches do not overlap', 'overlap', 0.0),
     _w(3, 'augmentation of views is a flip only', 'augment', 'flip'),
     _w(4, 'training stops at a loss of 2 mAP or after 2 epochs without gain', 'early_stop', 'aevlp'),
-    _w(5, 'the head learns ten times faster', 'head_lr', 1e-4, 1e-4, 1e-4, 1e-4, 1e-2),
+    _w(5, 'the head learns ten times faster', 'head_lr', 1e-4, 1e-4, 1e-4, 1e-4, 2e-2),
     _w(6, 'the head of other backbones is never trained', 'train_head', None, note='False unless ResNet-50 or ConvNeXt, whose head learns at the rate of the backbone'),
     _w(7, 'ViT-L/14 is the 336 pixel model', note='backbone=vit_large_patch14_clip_336.openai, image_size=336'),
     _w(8, "CLIP sees ImageNet's mean and deviation", 'clip_norm', 'imagenet', note='both squash a view to the size of CLIP: a centre crop would cut the patches'),
