@@ -7,12 +7,13 @@ __all__ = ['CLIP_MEAN', 'CLIP_STD', 'AUGMENTATIONS', 'ViewSettings', 'ViewPlan',
            'student_flips', 'student_inputs']
 
 # %% ../nbs/06_views.ipynb #be498026
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torchvision.transforms import v2
 
 from .data import AevlpError
 
@@ -31,7 +32,7 @@ class ViewSettings:
     std: tuple = CLIP_STD
 
     def __post_init__(self):
-        if self.grid < 1: raise AevlpError(f"grid={self.grid} should be at least 1.")
+        if self.grid < 1 or self.size < 1: raise AevlpError(f"grid={self.grid} and size={self.size} should be at least 1.")
         if self.overlap < 0: raise AevlpError(f"overlap={self.overlap} should be at least 0.")
         if self.augment not in AUGMENTATIONS: raise AevlpError(f"augment={self.augment!r} should be one of {', '.join(AUGMENTATIONS)}.")
 
@@ -40,7 +41,6 @@ class ViewSettings:
 
 # %% ../nbs/06_views.ipynb #5d7e4bbc
 _DRAWS = 4  # numbers per view: enlargement, flip, which augmentation, how strong
-_OPS = 4    # rotation, jitter, sharpness, autocontrast
 _OP_RATE = 0.2
 
 @dataclass
@@ -82,47 +82,117 @@ def view_plan(
     corners = np.concatenate([np.floor(low * extent + 1e-9), np.ceil(high * extent - 1e-9)], -1)
     boxes = np.concatenate([whole, np.clip(corners, 0, np.tile(extent, 2))], 1)
     flip = (u[..., 1] < 0.5) & (settings.augment != "none")
-    op = np.where((u[..., 2] < _OP_RATE) & (settings.augment == "weak"), np.floor(u[..., 2] / _OP_RATE * _OPS), -1)
+    op = np.where((u[..., 2] < _OP_RATE) & (settings.augment == "weak"), np.floor(u[..., 2] / _OP_RATE * 4), -1)
     return ViewPlan(*map(torch.from_numpy, (boxes.astype(np.int64), flip, op.astype(np.int64), u[..., 3].astype(np.float32))))
 
 # %% ../nbs/06_views.ipynb #922e82b3
+_GREY = (0.299, 0.587, 0.114)
+
+def _rotate(x, strength):  # up to 10 degrees, black outside
+    angle = torch.deg2rad(-10 * strength)[:, None, None]
+    at = (torch.arange(x.shape[-1], device=x.device) * 2 + 1) / x.shape[-1] - 1
+    grid = torch.stack([angle.cos() * at + angle.sin() * at[:, None], angle.cos() * at[:, None] - angle.sin() * at], -1)
+    return F.grid_sample(x, grid, align_corners=False)
+
+def _jitter(x, strength):  # brightness and contrast up or down by a fifth, saturation against them
+    up, down, grey = (1 + 0.2 * strength)[:, None, None], (1 - 0.2 * strength)[:, None, None], x.new_tensor(_GREY)
+    saturate = down * torch.eye(3, device=x.device) + (1 - down) * grey.expand(3, 3)
+    mean = (x.mean((-1, -2)) @ grey)[:, None, None]
+    return torch.baddbmm(((1 - up) * up * mean).expand(-1, 3, 1), up**2 * saturate, x.flatten(2)).view_as(x).clamp_(0, 255)
+
+def _sharpen(x, strength):  # inside the border
+    tall = (x[..., :-2, :] + x[..., 1:-1, :]).add_(x[..., 2:, :])
+    inside, smooth = x[..., 1:-1, 1:-1], (tall[..., :-2] + tall[..., 1:-1]).add_(tall[..., 2:])
+    x[..., 1:-1, 1:-1] = smooth.add_(inside, alpha=4).div_(13).lerp_(inside, (1 + strength)[:, None, None, None]).clamp_(0, 255)
+    return x
+
+def _autocontrast(x, strength):  # full range in every channel
+    low, high = x.amin((-1, -2), keepdim=True), x.amax((-1, -2), keepdim=True)
+    return torch.where(high > low, (x - low) * (255 / (high - low).clamp(min=1)), x)
+
+_OPS = (_rotate, _jitter, _sharpen, _autocontrast)
+
+def _constants(mean, std, device):  # (x - a) * b takes 0..255 to normalised values
+    mean, std = (255 * torch.tensor(v, dtype=torch.float32, device=device).view(3, 1, 1) for v in (mean, std))
+    return mean, 1 / std
+
+# %% ../nbs/06_views.ipynb #3889ab7b
+_spare = {}
+
+def _fresh(*shape):  # float32, not initialised
+    "Memory for a batch on the CPU: that of an earlier batch of this shape, if it is free"
+    memory = _spare.pop(shape, None)
+    if memory is None or sys.getrefcount(memory) > 2: memory = np.empty(shape, np.float32)
+    batch = torch.from_numpy(memory)
+    if len(_spare) > 3: _spare.clear()
+    _spare[shape] = memory
+    return batch
+
+# %% ../nbs/06_views.ipynb #e6679192
+def _in_threads(function, count):
+    "`function(0..count - 1)` on as many threads as torch uses, each working alone"
+    threads = torch.get_num_threads()
+    if min(threads, count) < 2: return [function(i) for i in range(count)]
+    try:
+        with ThreadPoolExecutor(min(threads, count), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            return list(pool.map(function, range(count)))
+    finally: torch.set_num_threads(threads)
+
 def _resize(image, size):  # (3, h, w) uint8 -> (3, size, size) uint8
     if image.shape[1:] == (size, size): return image
     return F.interpolate(image[None], (size, size), mode="bilinear", antialias=True)[0]
 
-def _weights(low, high, length, size):
-    "(M, size, length) weights of a bilinear antialiased resize of [low, high) to `size` pixels"
-    scale = ((high - low) / size)[:, None]
-    centre = low[:, None] + (torch.arange(size, device=low.device) + 0.5) * scale
-    support = scale.clamp(min=1)
+def _on_cpu(images, plan, size, mean, std):  # -> (B, V, 3, size, size)
+    "View after view on the CPU, each straight into its place"
+    out, (mean, scale) = _fresh(*plan.flip.shape, 3, size, size), _constants(mean, std, "cpu")
+    def fill(b):
+        details = zip(plan.boxes[b].tolist(), plan.flip[b].tolist(), plan.op[b].tolist(), 2 * plan.strength[b] - 1)
+        for place, ((x0, y0, x1, y1), flip, op, strength) in zip(out[b], details):
+            view = _resize(images[b][:, y0:y1, x0:x1], size)
+            place.copy_(view.flip(-1) if flip else view)
+            if op >= 0: place.copy_(_OPS[op](place[None], strength[None])[0])
+            place.sub_(mean).mul_(scale)
+    _in_threads(fill, len(images))
+    return out
+
+# %% ../nbs/06_views.ipynb #a5259649
+def _weights(low, high, length, size):  # (...), (...) pixels -> (..., size, length)
+    "Weights of a bilinear antialiased resize of [low, high) to `size` pixels"
+    scale = ((high - low) / size)[..., None]
+    centre = low[..., None] + (torch.arange(size, device=low.device) + 0.5) * scale
     at = torch.arange(length, device=low.device) + 0.5
-    w = (1 - ((at - centre[..., None]) / support[..., None]).abs()).clamp(min=0)
-    w = w * ((at > low[:, None, None]) & (at < high[:, None, None]))
+    w = (1 - ((at - centre[..., None]) / scale.clamp(min=1)[..., None]).abs()).clamp(min=0)
+    w = w * ((at > low[..., None, None]) & (at < high[..., None, None]))
     return w / w.sum(-1, keepdim=True)
 
-def _cut_products(image, boxes, size):  # (3, H, W) uint8 on a device, (V, 4) -> (V, 3, size, size) uint8
-    "All cuts of one image as two batched matrix products"
-    x0, y0, x1, y1 = boxes.to(image.device).float().unbind(1)
-    rows, columns = _weights(y0, y1, image.shape[1], size), _weights(x0, x1, image.shape[2], size)
-    pixels = rows[:, None] @ image.float() @ columns[:, None].transpose(-1, -2)
-    return pixels.round().clamp(0, 255).to(torch.uint8)
+def _products(images, boxes, flip, size, device):  # -> (B, V, 3, size, size), 0 to 255
+    "All cuts of some images as two batched matrix products: rows, then columns"
+    height, width = (max(i.shape[d] for i in images) for d in (1, 2))
+    kind = torch.float16 if torch.device(device).type == "cuda" else torch.float32
+    padded = torch.zeros(len(images), height, 3, width, dtype=kind, device=device)
+    for place, image in zip(padded, images): place[:image.shape[1], :, :image.shape[2]] = image.to(device, non_blocking=True).transpose(0, 1)
+    x0, y0, x1, y1 = boxes.to(device).float().unbind(-1)
+    rows, columns = _weights(y0, y1, height, size).to(kind), _weights(x0, x1, width, size).to(kind)
+    columns = torch.where(flip.to(device)[..., None, None], columns.flip(-2), columns)
+    rows = rows.flatten(1, 2) @ padded.flatten(2)                                           # (B, V size, 3 W)
+    pixels = rows.view(*flip.shape, size * 3, width) @ columns.transpose(-1, -2)            # (B, V, size 3, size)
+    return pixels.view(*flip.shape, size, 3, size).transpose(-2, -3).float().round_().clamp_(0, 255)
 
-def _cut(image, boxes, size, device):
-    if torch.device(device).type != "cpu": return _cut_products(image.to(device, non_blocking=True), boxes, size)
-    return torch.stack([_resize(image[:, y0:y1, x0:x1], size) for x0, y0, x1, y1 in boxes.tolist()])
+def _on_device(images, plan, size, mean, std, device):  # -> (B, V, 3, size, size)
+    "All views of a batch at once"
+    longest = max(i.shape[1] for i in images) + 3 * max(i.shape[2] for i in images)
+    n = max(1, 2**28 // (plan.flip.shape[1] * size * longest))  # images at a time: memory stays flat
+    parts = [slice(i, i + n) for i in range(0, len(images), n)]
+    out = torch.cat([_products(images[p], plan.boxes[p], plan.flip[p], size, device) for p in parts])
+    for op, augment in enumerate(_OPS):
+        b, v = (plan.op == op).nonzero(as_tuple=True)
+        if len(b): out[b, v] = augment(out[b, v], 2 * plan.strength[b, v].to(device) - 1)
+    mean, scale = _constants(mean, std, device)
+    return out.sub_(mean).mul_(scale)
 
-def _augment(view, op, strength):  # (3, S, S) uint8
-    "One of four weak augmentations; strength in [0, 1)"
-    signed, f = 2 * strength - 1, v2.functional
-    if op == 0: return f.rotate(view, 10 * signed, interpolation=v2.InterpolationMode.BILINEAR)
-    if op == 1: return f.adjust_saturation(f.adjust_contrast(f.adjust_brightness(view, 1 + 0.2 * signed), 1 + 0.2 * signed), 1 - 0.2 * signed)
-    if op == 2: return f.adjust_sharpness(view, 1 + signed)
-    return f.autocontrast(view)
-
-def _normalise(pixels, mean, std):  # (..., 3, S, S) uint8 -> float32
-    scale = torch.tensor(std, device=pixels.device).mul(255).reciprocal().view(3, 1, 1)
-    shift = -torch.tensor(mean, device=pixels.device).div(torch.tensor(std, device=pixels.device)).view(3, 1, 1)
-    return torch.addcmul(shift, pixels.float(), scale)
+def _make(images, plan, size, mean, std, device):
+    if torch.device(device).type == "cpu": return _on_cpu(images, plan, size, mean, std)
+    return _on_device(images, plan, size, mean, std, device)
 
 def make_views(
     images,           # B uint8 tensors (3, H, W), sizes may differ
@@ -131,12 +201,7 @@ def make_views(
     device="cpu",
 ) -> torch.Tensor:    # (B, V, 3, S, S) float32, normalised
     "Cut, resize, flip, augment and normalise the views of a batch"
-    pixels = torch.stack([_cut(image, boxes, settings.size, device) for image, boxes in zip(images, plan.boxes)])
-    flip = plan.flip.to(pixels.device)
-    pixels[flip] = pixels[flip].flip(-1)
-    for b, v in (plan.op >= 0).nonzero().tolist():
-        pixels[b, v] = _augment(pixels[b, v], int(plan.op[b, v]), float(plan.strength[b, v]))
-    return _normalise(pixels, settings.mean, settings.std)
+    return _make(images, plan, settings.size, settings.mean, settings.std, device)
 
 # %% ../nbs/06_views.ipynb #45fbdc09
 def student_flips(ids, seed: int, epoch: int) -> torch.Tensor:  # (B,) bool
@@ -151,9 +216,7 @@ def student_inputs(
     flip=None,    # (B,) bool
 ) -> torch.Tensor:  # (B, 3, size, size) float32
     "Squash, flip and normalise a batch"
-    if torch.device(device).type == "cpu": pixels = torch.stack([_resize(image, size) for image in images])
-    else:
-        whole = [torch.tensor([[0, 0, image.shape[2], image.shape[1]]]) for image in images]
-        pixels = torch.cat([_cut(image, box, size, device) for image, box in zip(images, whole)])
-    if flip is not None: pixels = torch.where(flip.to(pixels.device)[:, None, None, None], pixels.flip(-1), pixels)
-    return _normalise(pixels, mean, std)
+    boxes = torch.tensor([[[0, 0, image.shape[2], image.shape[1]]] for image in images])
+    flip = torch.zeros(len(images), dtype=torch.bool) if flip is None else flip.cpu()
+    plan = ViewPlan(boxes, flip[:, None], torch.full((len(images), 1), -1), torch.zeros(len(images), 1))
+    return _make(images, plan, size, mean, std, device)[:, 0]

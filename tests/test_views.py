@@ -1,0 +1,190 @@
+"""Views: where they are, and pixels against Pillow and torchvision."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import v2
+
+from aevlp import views
+from aevlp.data import AevlpError
+from aevlp.views import ViewSettings, make_views, student_flips, student_inputs, view_plan
+
+PLAIN = dict(mean=(0, 0, 0), std=(1 / 255,) * 3)  # views in grey levels
+SIZES = [(375, 500), (500, 333), (64, 64), (31, 97), (5, 7), (700, 40)]
+
+
+@pytest.fixture(scope="module")
+def images():
+    rng = np.random.default_rng(0)
+    return [torch.from_numpy(rng.integers(0, 256, (3, *s), dtype=np.uint8)) for s in SIZES]
+
+
+def pillow(image, box, size):
+    picture = Image.fromarray(image.permute(1, 2, 0).numpy()).crop(box).resize((size, size), Image.Resampling.BILINEAR)
+    return torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1).float()
+
+
+@pytest.mark.parametrize("grid", [1, 2, 3, 4, 5, 7])
+@pytest.mark.parametrize("overlap", [0, 0.2, 1.0])
+def test_every_pixel_is_in_a_patch_and_no_patch_leaves_the_image(grid, overlap):
+    plan = view_plan(range(len(SIZES)), SIZES, ViewSettings(grid=grid, overlap=overlap), seed=3, epoch=2)
+    for (height, width), boxes in zip(SIZES, plan.boxes.tolist(), strict=True):
+        assert boxes[0] == [0, 0, width, height] and len(boxes) == 1 + grid**2
+        covered = np.zeros((height, width), int)
+        for x0, y0, x1, y1 in boxes[1:]:
+            assert 0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height
+            covered[y0:y1, x0:x1] += 1
+        assert covered.min() >= 1
+        if overlap == 0 and width % grid == 0 and height % grid == 0:
+            assert covered.max() == 1
+
+
+def test_patches_grow_by_their_own_ratio_on_every_side():
+    plan = view_plan(range(400), [(1000, 2000)] * 400, ViewSettings(grid=4, overlap=0.2), seed=0, epoch=1)
+    middle = plan.boxes[:, 1 + 5].double()  # row 1, column 1
+    grow = torch.stack([500 - middle[:, 0], middle[:, 2] - 1000]) / 500
+    tall = torch.stack([250 - middle[:, 1], middle[:, 3] - 500]) / 250
+    assert (grow[0] - grow[1]).abs().max() <= 1 / 250 and (grow[0] - tall[0]).abs().max() <= 2 / 250
+    assert 0 <= grow.min() < 0.01 and 0.19 < grow.max() <= 0.2 + 1 / 500 and abs(grow.mean() - 0.1) < 0.01
+    assert len(plan.boxes[0, 1:].unique(dim=0)) == 16
+
+
+def test_draws_are_uniform_and_independent():
+    settings = ViewSettings(grid=4)
+    plans = [view_plan(range(500), [(90, 90)] * 500, settings, seed=0, epoch=e) for e in (1, 2)]
+    flips = torch.stack([p.flip for p in plans]).double()
+    assert abs(flips.mean() - 0.5) < 0.02
+    assert abs(torch.corrcoef(flips.flatten(1))[0, 1]) < 0.05  # epochs
+    assert torch.corrcoef(flips[0].T).fill_diagonal_(0).abs().max() < 0.2  # views
+    ops = torch.stack([p.op for p in plans])
+    assert abs((ops >= 0).double().mean() - 0.2) < 0.02
+    assert all(abs((ops == k).double().mean() - 0.05) < 0.012 for k in range(4))
+    for seed in (1, 2):
+        assert not torch.equal(view_plan(range(500), [(90, 90)] * 500, settings, seed, 1).flip, plans[0].flip)
+    assert not torch.equal(student_flips(range(500), 0, 1), plans[0].flip[:, 0])
+
+
+def test_switches():
+    off = view_plan(range(50), [(40, 40)] * 50, ViewSettings(overlap=0, augment="none"), 0, 1)
+    again = view_plan(range(50), [(40, 40)] * 50, ViewSettings(overlap=0, augment="none"), 5, 9)
+    assert not off.flip.any() and (off.op == -1).all() and torch.equal(off.boxes, again.boxes)
+    flips = view_plan(range(50), [(40, 40)] * 50, ViewSettings(overlap=0, augment="flip"), 0, 1)
+    assert flips.flip.any() and (flips.op == -1).all()
+    for wrong in (dict(grid=0), dict(overlap=-0.1), dict(augment="x"), dict(size=0)):
+        with pytest.raises(AevlpError):
+            ViewSettings(**wrong)
+
+
+@pytest.mark.parametrize("size", [32, 224])
+def test_views_are_pillows(images, size):
+    settings = ViewSettings(grid=3, augment="flip", size=size, **PLAIN)
+    plan = view_plan(range(len(images)), SIZES, settings, seed=0, epoch=1)
+    made = make_views(images, plan, settings)
+    assert made.shape == (len(images), 10, 3, size, size) and made.dtype == torch.float32
+    products = views._products(images, plan.boxes, plan.flip, size, "cpu")  # what a GPU computes
+    for b, image in enumerate(images):
+        for v, box in enumerate(plan.boxes[b].tolist()):
+            expected = pillow(image, box, size)
+            expected = expected.flip(-1) if plan.flip[b, v] else expected
+            assert (made[b, v] - expected).abs().max() < 2.01  # grey levels of 255
+            assert (products[b, v] - expected).abs().max() < 2.01
+            assert (made[b, v] - expected).abs().mean() < 0.25
+
+
+def test_students_input_is_pillows(images):
+    flip = torch.tensor([False, True] * 3)
+    made = student_inputs(images, 96, flip=flip, **PLAIN)
+    for image, flipped, view in zip(images, flip, made, strict=True):
+        expected = pillow(image, (0, 0, image.shape[2], image.shape[1]), 96)
+        assert (view - (expected.flip(-1) if flipped else expected)).abs().max() < 1.01
+    mean, std = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
+    expected = v2.functional.normalize(made / 255, mean, std)
+    torch.testing.assert_close(student_inputs(images, 96, mean, std, flip=flip), expected, atol=1e-5, rtol=1e-5)
+
+
+def reference(op, view, strength):
+    f, view = v2.functional, view / 255  # floats, which torchvision does not truncate
+    if op == 0:
+        return f.rotate(view, 10 * strength, interpolation=v2.InterpolationMode.BILINEAR)
+    if op == 1:
+        view = f.adjust_contrast(f.adjust_brightness(view, 1 + 0.2 * strength), 1 + 0.2 * strength)
+        return f.adjust_saturation(view, 1 - 0.2 * strength)
+    return f.adjust_sharpness(view, 1 + strength) if op == 2 else f.autocontrast(view)
+
+
+@pytest.mark.parametrize("op", range(4))
+def test_augmentations_are_torchvisions(op):
+    smooth = torch.nn.functional.interpolate(torch.rand(5, 3, 6, 6, generator=torch.Generator().manual_seed(op)), 48)
+    x = (smooth * 80 + 80).round()  # far from both ends, where one clamp and several differ
+    strength = torch.tensor([-1.0, -0.5, 0.0, 0.3, 0.999])
+    made = views._OPS[op](x.clone(), strength)
+    alone = torch.cat([views._OPS[op](x[i : i + 1].clone(), strength[i : i + 1]) for i in range(5)])
+    torch.testing.assert_close(made, alone, atol=1e-3, rtol=0)
+    for view, s, out in zip(x, strength.tolist(), made, strict=True):
+        assert (out - 255 * reference(op, view, s)).abs().max() < 0.1
+
+
+def test_both_ways_of_making_views_augment_alike(images):
+    settings = ViewSettings(grid=4, size=48)
+    plan = view_plan(range(len(images)), SIZES, settings, seed=0, epoch=1)
+    assert set(plan.op.unique().tolist()) == {-1, 0, 1, 2, 3}
+    one = make_views(images, plan, settings)
+    other = views._on_device(images, plan, 48, settings.mean, settings.std, "cpu")
+    assert (one - other).abs().mean() < 0.01  # of values with unit spread
+
+
+def test_views_know_neither_order_nor_company_nor_threads(images):
+    settings, ids = ViewSettings(grid=2, size=32), [4, 9, 2, 7, 5, 0]
+    made = {}
+    for threads in (1, 2, 3):
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        made[threads] = make_views(images, view_plan(ids, SIZES, settings, 0, 3), settings)
+        assert torch.get_num_threads() == threads
+        torch.set_num_threads(before)
+    assert torch.equal(made[1], made[2]) and torch.equal(made[1], made[3])
+    for order in ([5, 0, 3], [2], [1, 4]):
+        part = [images[i] for i in order]
+        plan = view_plan([ids[i] for i in order], [SIZES[i] for i in order], settings, 0, 3)
+        assert torch.equal(make_views(part, plan, settings), made[1][order])
+
+
+def test_memory_is_not_shared_with_a_living_batch(images):
+    settings = ViewSettings(grid=2, size=32, **PLAIN)
+    plan = view_plan([0], SIZES[:1], settings, 0, 1)
+    first = make_views(images[:1], plan, settings)
+    kept, part = first.clone(), first[0, 1]
+    make_views([255 - images[0]], plan, settings).zero_()
+    assert torch.equal(first, kept)
+    del first  # a piece of it lives on
+    make_views([255 - images[0]], plan, settings).zero_()
+    assert torch.equal(part, kept[0, 1])
+    array = make_views(images[:1], plan, settings).numpy()
+    make_views([255 - images[0]], plan, settings).zero_()
+    assert np.array_equal(array, kept.numpy())
+
+
+def test_decoded_pictures_need_not_be_contiguous(images):
+    settings = ViewSettings(grid=2, size=32)
+    plan = view_plan([0, 1], SIZES[:2], settings, 0, 1)
+    interleaved = [i.permute(1, 2, 0).contiguous().permute(2, 0, 1) for i in images[:2]]
+    torch.testing.assert_close(make_views(interleaved, plan, settings), make_views(images[:2], plan, settings))
+
+
+def test_memory_of_the_matrix_products_is_bounded(images, monkeypatch):
+    parts = []
+    settings = ViewSettings(grid=4, size=224, augment="flip")
+    many = [torch.zeros(3, 1500, 2000, dtype=torch.uint8)] * 15
+    plan = view_plan(range(15), [(1500, 2000)] * 15, settings, 0, 1)
+    monkeypatch.setattr(views, "_products", lambda i, *a: parts.append(len(i)) or torch.zeros(len(i), 17, 3, 2, 2))
+    views._on_device(many, plan, 224, settings.mean, settings.std, "cpu")
+    assert max(parts) < 15 and sum(parts) == 15
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_gpu_makes_the_same_views(images):
+    settings = ViewSettings(grid=4, size=224, **PLAIN)
+    plan = view_plan(range(len(images)), SIZES, settings, seed=0, epoch=1)
+    difference = (make_views(images, plan, settings, "cuda").cpu() - make_views(images, plan, settings)).abs()
+    assert difference[plan.op < 0].max() < 2.01 and difference.mean() < 1
