@@ -243,8 +243,8 @@ def render(
     **params,  # further parameters of the notebook
 ) -> Path:  # the executed notebook
     "Make a figure or table from the runs that are there."
-    folder = Path(folder or runs.runs_root()).absolute()
-    out = folder / "notebooks" / f"{dataset}-{notebook}.ipynb"
+    notebook, folder = runs.experiment(notebook), Path(folder or runs.runs_root()).absolute()
+    out = folder / "notebooks" / f"{dataset}-{notebook.name}"
     given = dict(dataset=dataset, runs_dir=str(folder), figures_dir=str(Path(figures or figures_root()).absolute()))
     try:
         return runs.execute(notebook, given | params, out)

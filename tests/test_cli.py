@@ -75,7 +75,7 @@ def test_what_is_in_the_frames_is_shown_as_text_and_as_json(capsys, tmp_path, mo
 WRONG = {
     "an unknown command": (["trian"], "trian"),
     "an unknown option": (["train", "--sed", "1"], "--sed"),
-    "a word for a number": (["train", "--seed", "one"], "one"),
+    "a word for a number": (["train", "--seed", "one"], "--seed"),
     "an unknown method": (["train", "--method", "aevlpp"], "aevlp"),
     "an unknown data set": (["train", "--dataset", "glyps"], "glyphs"),
     "an unknown setting": (["train", "--set", "negativ_ratio=0.2"], "negative_ratio"),
