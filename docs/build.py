@@ -43,27 +43,32 @@ def hidden(found, cell):
 
 
 def documented(cell_source, module):
-    "Markdown for the public functions and classes that an exported cell defines, or '' where it has none."
+    "Markdown for the public functions, classes and patched-in methods that an exported cell defines."
     parts = []
     for node in ast.parse(cell_source).body:
-        public = isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_")
-        if not public or not hasattr(module, node.name):
+        if not isinstance(node, (ast.FunctionDef, ast.ClassDef)) or node.name.startswith("_"):
             continue
-        symbol = getattr(module, node.name)
-        parts.append(symbol_page(symbol, node.name, 3))
-        if inspect.isclass(symbol):
+        owner = node.args.args[0].annotation.id if any(getattr(d, "id", "") == "patch" for d in node.decorator_list) else None
+        symbol = getattr(getattr(module, owner) if owner else module, node.name)
+        name = f"{owner}.{node.name}" if owner else node.name
+        parts.append(symbol_page(symbol, name, 3) + source_of(cell_source, node))
+        if isinstance(node, ast.ClassDef):
             methods = [n.name for n in node.body if isinstance(n, ast.FunctionDef) and ast.get_docstring(n)]
-            parts += [symbol_page(getattr(symbol, m), f"{node.name}.{m}", 4) for m in methods if not m.startswith("_")]
+            parts += [symbol_page(getattr(symbol, m), f"{name}.{m}", 4) for m in methods if not m.startswith("_")]
     return "\n\n".join(parts)
 
 
+def source_of(cell_source, node):
+    "The source of a function or class, folded away."
+    return f"\n\n:::{{dropdown}} Source\n```python\n{ast.get_source_segment(cell_source, node)}\n```\n:::"
+
+
 def symbol_page(symbol, name, level):
-    "Heading, signature, docstring, parameter table and source of one function or class."
+    "Heading, signature, docstring and parameter table of one function or class."
     if isinstance(symbol, property) or (inspect.isclass(symbol) and "__init__" not in vars(symbol)):
         return f"{'#' * level} {name}\n\n*{inspect.getdoc(symbol)}*"
     signature = re.sub(r"  *# .*$", "", MarkdownRenderer(symbol, name=name)._repr_markdown_(), flags=re.M)
-    source = "" if level > 3 else f"\n\n:::{{dropdown}} Source\n```python\n{inspect.getsource(symbol).strip()}\n```\n:::"
-    return f"{'#' * level} {name}\n\n{signature}\n\n{parameter_table(symbol)}{source}"
+    return f"{'#' * level} {name}\n\n{signature}\n\n{parameter_table(symbol)}"
 
 
 def parameter_table(symbol):
@@ -121,6 +126,7 @@ def site_notebook(path, lookup):
             if source or cell.outputs:
                 cells.append(cell)
     nb.cells = cells
+    nb.metadata["language_info"] = {"name": "python", "pygments_lexer": "ipython3"}
     return nb
 
 
