@@ -1,7 +1,7 @@
 """Makes README.md and the documentation site from the notebooks.
 
-    python docs/build.py readme            README.md from nbs/index.ipynb
-    python docs/build.py site [--strict]   docs/_build/html; --strict turns warnings and broken links into errors
+python docs/build.py readme            README.md from nbs/index.ipynb
+python docs/build.py site [--strict]   docs/_build/html; --strict turns warnings and broken links into errors
 """
 
 import argparse
@@ -13,6 +13,7 @@ import re
 import shutil
 import subprocess
 import sys
+from html.parser import HTMLParser
 from pathlib import Path
 
 import nbformat
@@ -39,7 +40,9 @@ def directives(source):
 
 def hidden(found, cell):
     "Whether a reader should not see this code cell's source."
-    return found.get("echo") == "false" or "hide_input" in found or "injected-parameters" in cell.metadata.get("tags", [])
+    return (
+        found.get("echo") == "false" or "hide_input" in found or "injected-parameters" in cell.metadata.get("tags", [])
+    )
 
 
 def documented(cell_source, module):
@@ -48,7 +51,11 @@ def documented(cell_source, module):
     for node in ast.parse(cell_source).body:
         if not isinstance(node, (ast.FunctionDef, ast.ClassDef)) or node.name.startswith("_"):
             continue
-        owner = node.args.args[0].annotation.id if any(getattr(d, "id", "") == "patch" for d in node.decorator_list) else None
+        owner = (
+            node.args.args[0].annotation.id
+            if any(getattr(d, "id", "") == "patch" for d in node.decorator_list)
+            else None
+        )
         symbol = getattr(getattr(module, owner) if owner else module, node.name)
         name = f"{owner}.{node.name}" if owner else node.name
         parts.append(symbol_page(symbol, name, 3) + source_of(cell_source, node))
@@ -140,7 +147,9 @@ def readme(out):
             if "hide" in found:
                 continue
             if hidden(found, cell):
-                text = "\n\n".join(o.data["text/markdown"] for o in cell.outputs if "text/markdown" in o.get("data", {}))
+                text = "\n\n".join(
+                    o.data["text/markdown"] for o in cell.outputs if "text/markdown" in o.get("data", {})
+                )
                 cell = nbformat.v4.new_markdown_cell(text)
             else:
                 cell.source = source
@@ -158,7 +167,10 @@ def vendor(static):
     if not shutil.which("npm"):
         print("npm is not installed: formulas and widgets will be loaded from the network")
         return False
-    packages = {"mathjax@3.2.2": "mathjax/es5", "@jupyter-widgets/html-manager@1.0.15": "@jupyter-widgets/html-manager/dist"}
+    packages = {
+        "mathjax@3.2.2": "mathjax/es5",
+        "@jupyter-widgets/html-manager@1.0.15": "@jupyter-widgets/html-manager/dist",
+    }
     cache = BUILD / "npm"
     if not all((cache / "node_modules" / p).exists() for p in packages.values()):
         cache.mkdir(parents=True, exist_ok=True)
@@ -173,6 +185,7 @@ def vendor(static):
 
 def toc(pages):
     "The site's table of contents, in reading order."
+
     def listed(folder):
         return [p for p in pages if p.parent.name == folder and p.parent != NBS]
 
@@ -220,15 +233,25 @@ def site(strict):
     print(f"The site is in {html.relative_to(ROOT)}: open {(html / 'index.html').relative_to(ROOT)}")
 
 
+class Targets(HTMLParser):
+    "Collects what the links and pictures of a page point at."
+
+    def __init__(self, text):
+        super().__init__()
+        self.found = set()
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.found |= {value.split("#")[0].split("?")[0] for key, value in attrs if key in ("href", "src") and value}
+
+
 def broken_links(html):
     "Local links and pictures of the built pages that lead nowhere, as 'page -> target'."
     found = []
     for page in sorted(p for p in html.rglob("*.html") if "_static" not in p.parts):
-        text = page.read_text(encoding="utf-8")
-        for target in set(re.findall(r"(?:href|src)=\"([^\"#?]+)", text)):
-            if re.match(r"(?:[a-z]+:|//)", target):
-                continue
-            if not (page.parent / target).exists():
+        for target in sorted(Targets(page.read_text(encoding="utf-8")).found):
+            local = target and not re.match(r"(?:[a-z]+:|//)", target)
+            if local and not (page.parent / target).exists():
                 found.append(f"{page.relative_to(html)} -> {target}")
     return found
 

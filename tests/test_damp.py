@@ -50,9 +50,7 @@ def loop_damp(probs, observed, nu, zeta, top_k, ratio, strict, rule, negatives_a
     rule=st.sampled_from(["percentile", "floor"]),
     negatives_as=st.sampled_from([-1, 0]),
 )
-def test_damp_equals_loops(
-    seed, images, patches, classes, coarse, nu, zeta, top_k, ratio, strict, rule, negatives_as
-):
+def test_damp_equals_loops(seed, images, patches, classes, coarse, nu, zeta, top_k, ratio, strict, rule, negatives_as):
     generator = torch.Generator().manual_seed(seed)
     probs = torch.rand(images, 1 + patches, classes, generator=generator, dtype=torch.float64)
     # Eighths, and patches in powers of two, make sums exact: ties are ties in both implementations.

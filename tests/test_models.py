@@ -78,9 +78,9 @@ def test_clip_tower(tmp_path):
 def test_boost_multiplies_positive_activations_only():
     head, features = BoostHead(4, 3, alpha=5.0), torch.randn(2, 4, 3, 3, generator=torch.Generator().manual_seed(0))
     cam = torch.einsum("bfhw,cf->bchw", features, head.conv.weight[:, :, 0, 0]) + head.conv.bias[:, None, None]
-    by_hand = torch.stack([
-        torch.stack([sum(5 * v if v > 0 else v for v in plane.flatten()) / 9 for plane in image]) for image in cam
-    ])
+    by_hand = torch.stack(
+        [torch.stack([sum(5 * v if v > 0 else v for v in plane.flatten()) / 9 for plane in image]) for image in cam]
+    )
     torch.testing.assert_close(head(features), by_hand)
 
 

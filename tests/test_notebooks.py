@@ -54,7 +54,9 @@ def test_module_is_what_its_notebook_exports(module, regenerated):
 def test_every_exported_module_is_there(regenerated):
     missing = {p.name for p in (regenerated / "aevlp").glob("*.py")} - {p.name for p in (ROOT / "aevlp").glob("*.py")}
     assert not missing, f"run `make export`: {missing}"
-    assert (regenerated / "aevlp/_modidx.py").read_text() == (ROOT / "aevlp/_modidx.py").read_text(), "run `make export`"
+    assert (regenerated / "aevlp/_modidx.py").read_text() == (ROOT / "aevlp/_modidx.py").read_text(), (
+        "run `make export`"
+    )
 
 
 @pytest.mark.parametrize("notebook", sorted((ROOT / "nbs").rglob("*.ipynb")), ids=lambda p: p.stem)
