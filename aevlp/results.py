@@ -99,7 +99,8 @@ def beside_paper(
         if baseline:
             line[f"minus {baseline}"] = _versus(table, group, baseline)
         lines.append(line)
-    return pd.DataFrame(lines).set_index("")
+    shown = pd.DataFrame(lines).set_index("")
+    return shown.drop(columns="paper") if shown.paper.isna().all() else shown
 
 # %% ../nbs/15b_results.ipynb #ded41809
 def _versus(table, group, baseline, metric="test_map") -> str:
@@ -287,4 +288,4 @@ def summary(
     table = rows(spec, "glyphs", folder=folder)
     shown = {"test_map": ("test mAP", 1), "average_precision": ("pseudo-label precision", 100),
              "average_recall": ("recall", 100), "accumulated_recall": ("accumulated recall", 100)}
-    return beside_paper(table, shown).drop(columns="paper").rename_axis("method")
+    return beside_paper(table, shown).rename_axis("method")

@@ -1,0 +1,95 @@
+"""The experiment notebooks: every figure and table from run folders, and one real run through papermill."""
+
+import json
+import re
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pandas as pd
+import pytest
+from test_deploy import SMALL
+from test_runs import finished
+from tiny import shapes
+
+from aevlp import results, runs
+
+FIGURES = ["figure2", "figure3", "damp_quality"]
+TABLES = [f"table{n}" for n in range(1, 7)]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Finished runs of every shipped sweep, without training."""
+    folder, rng = tmp_path_factory.mktemp("runs"), np.random.default_rng(0)
+    plan = pd.concat([runs.expand(name, seeds=[0, 1, 2]) for name in ["figure2", "figure3", *TABLES]])
+    for i, row in enumerate(plan.drop_duplicates("run").itertuples()):
+        p = row.params
+        run = finished(folder, 50.0 + i % 7 + row.seed, method=p["method"], seed=p["seed"], overrides=p["overrides"])
+        metrics = json.loads((run / "metrics.json").read_text())
+        metrics |= dict(average_recall=0.5, accumulated_precision=0.75, accumulated_recall=0.6)
+        (run / "metrics.json").write_text(json.dumps(metrics))
+        history = pd.read_csv(run / "history.csv").assign(negative_precision=0.99)
+        history.to_csv(run / "history.csv", index=False)
+        targets = (rng.random((30, 5)) < 0.3).astype(np.int8)
+        np.savez(
+            run / "predictions.npz", ids=np.arange(30), probs=rng.random((30, 5), dtype=np.float32), targets=targets
+        )
+    return folder
+
+
+def executed(name, **params):
+    """The namespace after a notebook's code, its parameters replaced as papermill does."""
+    space, shown = {"display": lambda value: None}, []
+    for cell in nbformat.read(runs.experiment(name), 4).cells:
+        if cell.cell_type == "code":
+            exec(compile(cell.source, f"{name}.ipynb", "exec"), space)
+            space.update(params if "parameters" in cell.metadata.get("tags", []) else {})
+            shown.append(cell.source)
+    assert any("parameters" in c.metadata.get("tags", []) for c in nbformat.read(runs.experiment(name), 4).cells)
+    return space
+
+
+@pytest.mark.parametrize("name", FIGURES + TABLES)
+def test_a_notebook_makes_its_picture_or_table_from_run_folders(made, tmp_path, name):
+    given = dict(runs_dir=str(made), figures_dir=str(tmp_path))
+    space = executed(name, dataset="glyphs", **given)
+    assert results.missing(space["table"], name, "glyphs") == ""
+    endings = [".png", ".svg"] if name in FIGURES else [".md"]
+    before = [(tmp_path / "glyphs" / name).with_suffix(e).read_bytes() for e in endings]
+    executed(name, dataset="glyphs", **given)
+    assert before == [(tmp_path / "glyphs" / name).with_suffix(e).read_bytes() for e in endings], "not the same again"
+    if name in TABLES[:2]:
+        assert re.search(r"\d+\.\d+ ± \d+\.\d+ \(3\)", before[0].decode()) and "p = " in before[0].decode()
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_a_table_of_a_data_set_without_runs_shows_the_paper_and_the_command(tmp_path, name):
+    space = executed(name, dataset="voc", root="/VOC", runs_dir=str(tmp_path / "none"), figures_dir=str(tmp_path))
+    said = results.missing(space["table"], name, "voc", "/VOC")
+    assert f"`aevlp sweep {name} --dataset voc --root /VOC --seeds 0,1,2`" in said
+    assert name == "table3" or "paper" in space["shown"] and space["shown"].paper.notna().any()
+
+
+def test_a_figure_without_runs_says_which_command_makes_them(tmp_path):
+    with pytest.raises(runs.RunFailed, match="aevlp sweep figure3 --dataset glyphs"):
+        results.render("figure3", folder=tmp_path, figures=tmp_path)
+
+
+def test_a_real_run_on_a_folder_and_a_csv(tmp_path):
+    data = shapes(tmp_path / "pictures", 60)
+    split = {i: name for name, ids in data.splits.items() for i in ids}
+    table = pd.DataFrame({"image": [Path(p).name for p in data.paths], "split": [split[i] for i in range(60)]})
+    table[list(data.class_names)] = data.truth
+    table.to_csv(tmp_path / "labels.csv", index=False)
+    given = dict(
+        dataset="csv", root=tmp_path / "pictures", csv=tmp_path / "labels.csv", overrides=SMALL | {"epochs": 2}
+    )
+    folder = runs.train(method="gr", runs=tmp_path / "runs", **given)
+    assert folder.name.startswith("labels-gr-s0-")
+    notebook = nbformat.read(folder / "train.ipynb", 4)
+    outputs = [o for c in notebook.cells if c.cell_type == "code" for o in c.outputs]
+    assert any("image/png" in o.get("data", {}) for o in outputs) and not any(o.output_type == "error" for o in outputs)
+    row = runs.frame(tmp_path / "runs").iloc[0]
+    assert row.state == "done" and 0 < row.test_map <= 100 and row.epochs_run == 2 and row.backbone == "glyphnet"
+    assert runs.history(tmp_path / "runs").epoch.tolist() == [1, 2]
