@@ -207,6 +207,15 @@ def test_keys_and_buttons(state):
     assert set(KEYS) == set(page.stage.shortcuts)
 
 
+def test_the_browser_rounding_a_value_changes_nothing(data, calls):
+    page = Explore(Explorer(data, recipe("glyphs", "aevlp", **(SMALL | {"global_threshold": 0.2033}))))
+    page.sliders["global_threshold"].value = 0.205
+    assert page.state.recipe.global_threshold == 0.2033
+    page.sliders["global_threshold"].value = 0.21
+    assert page.state.recipe.global_threshold == 0.21
+    assert page.sliders["temperature"].value == 0.05
+
+
 def test_every_control_says_what_it_is(state):
     page = Explore(state)
     for name in SLIDERS:
