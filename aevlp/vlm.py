@@ -9,6 +9,7 @@ __all__ = ['Clip', 'load_clip', 'prompts', 'label_graph', 'GraphNoise', 'text_pr
 import difflib
 import hashlib
 from contextlib import nullcontext
+from pathlib import Path
 
 import open_clip
 import torch
@@ -56,6 +57,18 @@ class Clip:
     def encode_text(self, texts: list) -> Tensor:  # C prompts -> (C, K) float32, not normalised
         with self._cast(): return self.model.encode_text(self.tokenizer(texts).to(self.device)).float()
 
+def _nearest(word, known): return difflib.get_close_matches(word, known, n=1, cutoff=0)[0]
+
+def _weights_of(name, pretrained):  # -> arguments of open_clip.create_model
+    "How open_clip is told where weights are; a tag also says which activation they were trained with"
+    if pretrained == "none": return dict(load_weights=False)
+    if Path(pretrained).is_file(): return dict(pretrained=pretrained)
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    if pretrained not in tags:
+        hint = f"the nearest tag is '{_nearest(pretrained, tags)}'" if tags else "open_clip knows no tag for it"
+        raise AevlpError(f"'{pretrained}' is no local file and no pretrained tag of {name}; {hint}.")
+    return dict(pretrained=pretrained, force_quick_gelu=open_clip.get_pretrained_cfg(name, pretrained).get("quick_gelu", False))
+
 def load_clip(
     name: str,         # open_clip's name of the architecture, as 'ViT-B-16'
     pretrained=None,   # open_clip's tag as 'openai', a local file, 'none' = random weights; None = what ships for `name`
@@ -65,14 +78,12 @@ def load_clip(
     "CLIP by open_clip's name"
     from aevlp import glyphs  # registers the small CLIP with open_clip
 
-    known = open_clip.list_models()
-    if name not in known:
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
-        raise AevlpError(f"open_clip has no model called '{name}'; the nearest is '{near}'.")
+    if name not in open_clip.list_models(): raise AevlpError(f"open_clip has no model called '{name}'; the nearest is '{_nearest(name, open_clip.list_models())}'.")
     if pretrained is None:
         if name != glyphs.CLIP_NAME: raise AevlpError(f"No weights of {name} ship: name a pretrained tag (clip_weights=openai) or a local file.")
         pretrained = str(shipped(glyphs.CLIP_WEIGHTS))
-    try: model = open_clip.create_model(name, pretrained=None if pretrained == "none" else str(pretrained), load_weights=pretrained != "none")
+    try: model = open_clip.create_model(name, **_weights_of(name, str(pretrained)))
+    except AevlpError: raise
     except Exception as e:  # every hub client raises its own kind
         reason = str(e).strip().splitlines()[0][:200] if str(e).strip() else type(e).__name__
         raise AevlpError(f"The weights '{pretrained}' of {name} could not be loaded ({reason}); where there is no network, give a local file as clip_weights.") from e

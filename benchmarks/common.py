@@ -27,12 +27,12 @@ def photograph(seed, height=375, width=500):
     return image.clip(0, 255).astype(np.uint8).transpose(1, 2, 0)
 
 
-def photographs(folder, n, classes=20, size=(375, 500)):
-    """A labelled set of n JPEG files of about 100 kB; half of them with their sides swapped."""
+def photographs(folder, n, classes=20, size=(375, 500), files=None):
+    """A labelled set of n photographs, JPEG files of about 100 kB, a quarter upright; `files` fewer, seen repeatedly."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"{i:04d}.jpg" for i in range(n)]
-    for i, path in enumerate(paths):
+    paths = [folder / f"{i % (files or n):04d}.jpg" for i in range(n)]
+    for i, path in enumerate(paths[:files]):
         if not path.exists():
             Image.fromarray(photograph(i, *(size if i % 4 else size[::-1]))).save(path, quality=90)
     rng = np.random.default_rng(0)
