@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from filelock import FileLock
 
 from .data import AevlpError, home
 
@@ -24,8 +25,15 @@ def banks_root() -> Path: return home() / "banks"
 
 def _write_json(path, value):
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(value, indent=1, sort_keys=True, default=str))
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(json.dumps(value, indent=1, sort_keys=True, default=str))
+        os.replace(temporary, path)
+    except OSError as e: raise AevlpError(f"{path}: cannot be written ({e.strerror}); make room, or set AEVLP_HOME to another disk.") from e
+    finally: temporary.unlink(missing_ok=True)
+
+def _read_json(path):
+    try: return json.loads(path.read_text())
+    except (OSError, ValueError) as e: raise AevlpError(f"{path}: cannot be read ({e}); remove the folder {path.parent}.") from e
 
 def _sha256(path):
     with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
@@ -49,7 +57,8 @@ class Bank:
         name = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()[:12]
         folder = (Path(root) if root else banks_root()) / name
         bank, path = cls(folder, ids, views, width), folder / "manifest.json"
-        if not path.exists():
+        if path.exists(): _read_json(path)
+        else:
             try: folder.mkdir(parents=True, exist_ok=True)
             except OSError as e: raise AevlpError(f"The bank folder {folder} cannot be made ({e.strerror}); set AEVLP_HOME to a folder that can be written.") from e
             _write_json(path, manifest)
@@ -66,24 +75,37 @@ class Bank:
             rows, done = self._file(epoch, "f16"), self._file(epoch, "done")
             if not done.exists():
                 if not create: return None
-                self._reserve(rows, self.bytes)
-                self._reserve(done, self.shape[0])
+                self._make(rows, done)
+            self._check(epoch, rows, done)
             self._open[epoch] = (np.memmap(rows, np.float16, "r+", shape=self.shape), np.memmap(done, np.uint8, "r+", shape=self.shape[:1]))
         return self._open[epoch]
 
-    def _reserve(self, path, size):
-        "A file of `size` zero bytes that the disk really has room for"
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        try:
-            with open(temporary, "wb") as f: os.posix_fallocate(f.fileno(), 0, size)
-            if not path.exists(): os.replace(temporary, path)
-        except OSError as e:
-            free = shutil.disk_usage(self.folder).free
-            raise AevlpError(f"No room for the CLIP bank: {path} needs {size / 1e6:,.1f} MB and {free / 1e6:,.1f} MB are free ({e.strerror}); "
-                             "free some (`aevlp bank ls`), set AEVLP_HOME to another disk, or train without a bank.") from e
-        finally: temporary.unlink(missing_ok=True)
+    def _make(self, rows, done):
+        "Both files of an epoch, with room on the disk for all of their bytes"
+        with FileLock(self.folder / ".lock"):
+            for path, size in ((rows, self.bytes), (done, self.shape[0])):
+                if path.exists(): continue
+                temporary = path.with_suffix(".tmp")
+                try:
+                    with open(temporary, "wb") as f: os.posix_fallocate(f.fileno(), 0, size)
+                    os.replace(temporary, path)
+                except OSError as e:
+                    temporary.unlink(missing_ok=True)
+                    free = shutil.disk_usage(self.folder).free
+                    raise AevlpError(f"No room for the CLIP bank: {path} needs {size / 1e6:,.1f} MB and {free / 1e6:,.1f} MB are free ({e.strerror}); "
+                                     "free some (`aevlp bank ls`), set AEVLP_HOME to another disk, or train without a bank.") from e
 
-    def rows(self, ids): return np.searchsorted(self.ids, np.asarray(ids))  # positions in the training split
+    def _check(self, epoch, rows, done):
+        "The files have their sizes, and a complete one its hash"
+        seal = self._file(epoch, "json")
+        fits = rows.exists() and rows.stat().st_size == self.bytes and done.stat().st_size == self.shape[0]
+        if not fits or seal.exists() and _read_json(seal)["sha256"] != _sha256(rows):
+            raise AevlpError(f"{rows} is damaged: it is not what was written; `aevlp bank rm {self.folder.name}` makes room for a new one.")
+
+    def rows(self, ids):  # -> (B,) positions in the training split
+        rows = np.searchsorted(self.ids, np.asarray(ids)).clip(max=len(self.ids) - 1)
+        if not np.array_equal(self.ids[rows], ids): raise AevlpError(f"The bank {self.folder.name} is of other images: not all of {list(map(int, ids))[:8]} are its own.")
+        return rows
 
     def missing(self, epoch: int, ids) -> np.ndarray:
         "Those of `ids` whose views have not been encoded"
@@ -130,7 +152,7 @@ def banks(root=None) -> pd.DataFrame:
     "All banks: what they are of, epochs begun and complete, size"
     rows = []
     for path in sorted((Path(root) if root else banks_root()).glob("*/manifest.json")):
-        manifest, epochs = json.loads(path.read_text()), _epochs(path.parent)
+        manifest, epochs = _read_json(path), _epochs(path.parent)
         rows.append(dict(name=path.parent.name, clip=manifest["key"].get("clip"), images=manifest["images"], views=manifest["views"],
                          epochs=len(epochs), complete=sum(e.with_suffix(".json").exists() for e in epochs),
                          megabytes=round(sum(e.stat().st_size for e in epochs) / 1e6, 1)))
@@ -141,7 +163,7 @@ def verify(name: str, root=None) -> pd.DataFrame:
     rows = []
     for path in _epochs(_folder(name, root)):
         seal = path.with_suffix(".json")
-        state = "partial" if not seal.exists() else "complete" if json.loads(seal.read_text())["sha256"] == _sha256(path) else "damaged"
+        state = "partial" if not seal.exists() else "complete" if _read_json(seal)["sha256"] == _sha256(path) else "damaged"
         rows.append(dict(epoch=int(path.stem[6:]), state=state))
     return pd.DataFrame(rows, columns=["epoch", "state"])
 

@@ -28,7 +28,7 @@ def photograph(seed, height=375, width=500):
 
 
 def photographs(folder, n, classes=20, size=(375, 500), files=None):
-    """A labelled set of n photographs, JPEG files of about 100 kB, a quarter upright; `files` fewer, seen repeatedly."""
+    """A labelled set of n photographs, JPEGs of 100 kB, a quarter upright; where `files` is less, seen repeatedly."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{i % (files or n):04d}.jpg" for i in range(n)]
