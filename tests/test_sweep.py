@@ -2,9 +2,11 @@
 
 import json
 import os
+import random
 import signal
 import time
 
+import psutil
 import pytest
 from fake_run import Sweep, alive, begun, fake_notebook, states, until
 
@@ -95,3 +97,31 @@ def test_a_dead_scheduler_is_one_sentence(tmp_path):
         with runs.cluster(scheduler="tcp://127.0.0.1:1"):
             pass
     assert notebook
+
+
+@pytest.mark.slow
+def test_200_short_runs_with_workers_killed_at_random(tmp_path):
+    """`AEVLP_SOAK_RUNS=N` for another number of runs."""
+    n, chance, kills, memory = int(os.environ.get("AEVLP_SOAK_RUNS", 200)), random.Random(0), 0, []
+    sweep = Sweep(spec(n), tmp_path, fake_notebook(tmp_path, pause=0.1))
+    began = time.monotonic()
+    while sweep.process.poll() is None:
+        time.sleep(chance.uniform(2, 12))
+        if sweep.process.poll() is None and (now := running(tmp_path)):
+            worker = chance.choice(list(now.values()))["process"]["pid"]
+            memory.append(psutil.Process(sweep.process.pid).memory_info().rss / 1e6)
+            if alive(worker):
+                os.kill(worker, signal.SIGKILL)
+                kills += 1
+    printed = sweep.end()
+    done = states(tmp_path)
+    begins = sum(len(b) for b in begun(tmp_path).values())
+    left = [pid for pids in begun(tmp_path).values() for pid in pids if alive(pid)]
+    print(
+        f"{n} runs, {kills} kills, {begins} begins, {time.monotonic() - began:.0f} s, "
+        f"memory {memory[0]:.0f} to {memory[-1]:.0f} MB"
+    )
+    assert len(done) == n and {s["state"] for s in done.values()} == {"done"}, printed
+    assert printed.count("\ndone  ") + printed.startswith("done  ") == n, "a run was finished twice, or not reported"
+    assert begins <= n + kills and not left
+    assert memory[-1] < 1.2 * memory[len(memory) // 5] + 20
