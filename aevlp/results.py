@@ -273,6 +273,7 @@ def demo(
         print(f"picture {i}/{len(PICTURES)}: {notebook}", flush=True)
         render(notebook, folder=folder, figures=figures, seeds=[0])
     table = summary(spec, folder)
+    save_table(table, figures / "glyphs" / "summary")
     print(f"\n{table.to_string()}\n\npictures  {figures / 'glyphs'}\nruns      {folder}\ntime      "
           f"{runs._clock(time.monotonic() - began)}")
     if len(failed):

@@ -158,6 +158,7 @@ def readme(out):
             cell.source = re.sub(r"\]\((?!https?:|#|nbs/)([\w/]+\.ipynb)", r"](nbs/\1", cell.source)
         cells.append(cell)
     nb.cells = cells
+    nb.metadata["language_info"] = {"name": "python"}
     text, _ = MarkdownExporter().from_notebook_node(nb)
     Path(out).write_text(re.sub(r"\n{3,}", "\n\n", text).strip() + "\n", encoding="utf-8")
 
