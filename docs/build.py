@@ -176,7 +176,9 @@ def vendor(static):
     if not all((cache / "node_modules" / p).exists() for p in packages.values()):
         cache.mkdir(parents=True, exist_ok=True)
         install = ["npm", "install", "--silent", "--no-audit", "--no-fund", "--prefix", cache, *packages]
-        subprocess.run(install, check=True, stdout=subprocess.DEVNULL)
+        if subprocess.run(install, stdout=subprocess.DEVNULL).returncode:
+            print("npm could not install MathJax and the widgets' manager: they will be loaded from the network")
+            return False
     static.mkdir(parents=True, exist_ok=True)
     modules = cache / "node_modules"
     shutil.copytree(modules / "mathjax/es5", static / "mathjax", dirs_exist_ok=True)
