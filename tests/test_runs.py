@@ -140,7 +140,7 @@ def test_thousands_of_runs_are_read_in_seconds(tmp_path):
     for seed in range(1, 2000):
         folder = tmp_path / runs.run_name(said | {"seed": seed})
         folder.mkdir()
-        (folder / "params.yaml").write_text(params.replace("seed: 0\n", f"seed: {seed}\n", 1))
+        (folder / "params.yaml").write_text(params.replace("\nseed: 0\n", f"\nseed: {seed}\n"))
         for name in ("metrics.json", "status.json", "history.csv"):
             os.link(first / name, folder / name)
     began = time.process_time()
