@@ -153,7 +153,10 @@ def recipe(dataset: Annotated[str, typer.Argument()] = "glyphs", method: Annotat
 def data_check(name: str, root: Root = None, csv: Csv = None, as_json: Json = False):
     "What is found beside what is expected."
     from aevlp import benchmarks
-    _show(benchmarks.check(name, root, **({"csv": csv} if csv else {})), as_json)
+    found = benchmarks.check(name, root, **({"csv": csv} if csv else {}))
+    _show(found, as_json)
+    if not found.ok.all():
+        raise typer.Exit(1)
 
 
 @data_app.command("fetch", epilog=_example("data fetch voc --root VOCdevkit"))

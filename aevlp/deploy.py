@@ -221,7 +221,7 @@ Changed from the recipe: {overrides}.
 
 ## Results
 
-| | mAP (%) |
+| | mAP (%){scored} |
 |---|---|
 | validation | {val} |
 | test | {test} |
@@ -271,7 +271,8 @@ def _card_facts(run, params, metrics, classes, said) -> dict:
              "It learned from incomplete labels: what was never given as a positive it may have learned to miss.")
     return params | dict(
         run=run.name, classes=len(data.class_names), title=method.title, source=method.source or "a combination",
-        summary=table(data.summary()), observation=params["observation"] or "one positive per image, drawn at random",
+        summary=table(data.summary()), observation=params["observation"] or ("as the CSV gives them" if params["csv"] else "one positive per image, drawn at random"),
+        scored="" if data.truth is not None else " against the given labels alone, for the full truth is unknown",
         empty=int((~data.targets("train").any(1)).sum()), best_epoch=metrics.get("best_epoch"),
         epochs_run=metrics.get("epochs_run"), val=number(metrics.get("val_map")), test=number(metrics.get("test_map")),
         overrides=", ".join(f"`{k}={v}`" for k, v in params["overrides"].items()) or "nothing",

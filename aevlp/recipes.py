@@ -9,6 +9,7 @@ __all__ = ['DATASETS', 'TRAINING', 'LOSSES', 'SINGLE', 'DAMP', 'SWITCHES', 'OWN'
 
 # %% ../nbs/09_recipes.ipynb #befc6560
 import difflib
+import reprlib
 import math
 from dataclasses import asdict, dataclass, fields
 
@@ -331,11 +332,12 @@ _UNIT = ('q3', 'negative_ratio', 'global_threshold', 'local_threshold', 'smoothi
 
 def _typed(key, value):
     "`value` as the type of field `key`; a sentence if that cannot be"
+    if not isinstance(key, str): raise AevlpError(f"a setting's name should be text, not {reprlib.repr(key)}.")
     if key not in FIELDS:
         near = difflib.get_close_matches(key, FIELDS, n=1, cutoff=0)
         raise AevlpError(f"no setting is called '{key}'; the nearest is '{near[0]}'.")
     kind, given = FIELDS[key], value
-    wrong = AevlpError(f"{key}={given!r} should be {dict(int='a whole number', float='a number', bool='true or false', str='text')[kind.__name__]}.")
+    wrong = AevlpError(f"{key}={reprlib.repr(given)} should be {dict(int='a whole number', float='a number', bool='true or false', str='text')[kind.__name__]}.")
     if kind is bool:
         value = {'true': True, 'false': False}.get(value.lower(), value) if isinstance(value, str) else value
         if not isinstance(value, bool): raise wrong

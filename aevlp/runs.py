@@ -15,6 +15,7 @@ import itertools
 import json
 import os
 import re
+import reprlib
 import shutil
 import signal
 import socket
@@ -591,14 +592,14 @@ _DATASET = dict(name=str, root=str, csv=str, observation=(str, dict))
 def _known_keys(where, given, allowed):
     "A sentence on a key that is unknown or of the wrong kind."
     if not isinstance(given, dict):
-        raise AevlpError(f"{where}: should hold keys with values, not {given!r}")
+        raise AevlpError(f"{where}: should hold keys with values, not {reprlib.repr(given)}")
     for key, value in given.items():
         if key not in allowed:
             raise AevlpError(f"{where}: unknown key '{key}'; the nearest is '{get_close_matches(str(key), allowed, 1, 0)[0]}'")
         if value is not None and not isinstance(value, allowed[key]):
             kinds = {str: "text", list: "a list", dict: "keys with values"}
             kind = allowed[key] if isinstance(allowed[key], type) else str
-            raise AevlpError(f"{where}: {key} should be {kinds[kind]}, not {value!r}")
+            raise AevlpError(f"{where}: {key} should be {kinds[kind]}, not {reprlib.repr(value)}")
 
 
 def load_spec(
@@ -617,6 +618,9 @@ def load_spec(
     _known_keys(where, spec, _KEYS)
     if bool(spec.get("methods")) == bool(spec.get("rows")):
         raise AevlpError(f"{where}: give either methods, a list of names, or rows with a label and a method each")
+    for named in spec.get("methods") or []:
+        if not isinstance(named, str):
+            raise AevlpError(f"{where}: methods should be names, not {reprlib.repr(named)}")
     for row in spec.get("rows") or []:
         _known_keys(f"{where}, rows", row, _ROW)
         if "method" not in row:
