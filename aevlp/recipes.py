@@ -332,7 +332,6 @@ _UNIT = ('q3', 'negative_ratio', 'global_threshold', 'local_threshold', 'smoothi
 
 def _typed(key, value):
     "`value` as the type of field `key`; a sentence if that cannot be"
-    if not isinstance(key, str): raise AevlpError(f"a setting's name should be text, not {reprlib.repr(key)}.")
     if key not in FIELDS:
         near = difflib.get_close_matches(key, FIELDS, n=1, cutoff=0)
         raise AevlpError(f"no setting is called '{key}'; the nearest is '{near[0]}'.")

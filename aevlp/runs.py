@@ -94,6 +94,9 @@ def run_params(
     params = dict(dataset=dataset, method=methods.get(method).name, seed=seed, root=root, csv=csv,
                   fidelity=fidelity, observation=observation)
     own = None if dataset in recipes.DATASETS else load_data(params)
+    for key in overrides or {}:
+        if not isinstance(key, str):
+            raise AevlpError(f"an override's name should be text, not {reprlib.repr(key)}")
     recipe = asdict(recipes.recipe(dataset, params["method"], fidelity, data=own, **(overrides or {})))
     return params | dict(overrides={k: recipe[k] for k in sorted(overrides or {})}, recipe=recipe)
 
