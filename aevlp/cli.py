@@ -224,6 +224,10 @@ Port = Annotated[int, typer.Option(min=0, max=65535, help="0: any free one.")]
 Browser = Annotated[bool, typer.Option(help="Open a browser.")]
 
 
+# the other extensions of an installed JupyterLab fail in a page of Voila, and say so in its console
+_PAGE_NEEDS = "@jupyter-widgets/jupyterlab-manager", "@voila-dashboards/widgets-manager8", "anywidget"
+
+
 def _answers(port):
     "Whether something listens there."
     import socket
@@ -246,7 +250,9 @@ def _serve(kind, notebook, port, browser):
         raise typer.BadParameter(f"port {port} is taken; choose another, or leave --port out")
     token, top = secrets.token_urlsafe(24), _top(notebook)
     lab = ["--ip=127.0.0.1", f"--port={port}", f"--ServerApp.root_dir={top}", *(["--allow-root"] if os.geteuid() == 0 else [])]
-    arguments = lab if kind == "jupyterlab" else [str(notebook), "--Voila.ip=127.0.0.1", f"--port={port}", "--token"]
+    page = [str(notebook), "--Voila.ip=127.0.0.1", f"--port={port}", "--token",
+            *(f"--VoilaConfiguration.extension_allowlist={name}" for name in _PAGE_NEEDS)]
+    arguments = lab if kind == "jupyterlab" else page
     place = f"lab/tree/{notebook.relative_to(top).as_posix()}" if kind == "jupyterlab" else ""
     server = subprocess.Popen([sys.executable, "-m", kind, *arguments, "--no-browser"], env=os.environ | {"JUPYTER_TOKEN": token},
                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
