@@ -1,4 +1,4 @@
-"""Reads settings.ini, the one place for metadata, and maps what ships (data/, experiments) into the wheel."""
+"""Reads settings.ini, the one place for metadata, and maps what ships (data/, experiments, tutorials) into the wheel."""
 
 from configparser import ConfigParser
 from pathlib import Path
@@ -9,6 +9,7 @@ here = Path(__file__).parent
 config = ConfigParser(delimiters=["="], interpolation=None)
 config.read(here / "settings.ini", encoding="utf-8")
 cfg = config["DEFAULT"]
+shipped = {"aevlp.assets": "data", "aevlp.experiments": "nbs/experiments", "aevlp.tutorials": "nbs/tutorials"}
 
 setup(
     name=cfg["lib_name"],
@@ -20,11 +21,12 @@ setup(
     keywords=cfg["keywords"].split(),
     license="Apache-2.0",
     python_requires=f">={cfg['min_python']}",
-    packages=["aevlp", "aevlp.assets", "aevlp.experiments"],
-    package_dir={"aevlp": "aevlp", "aevlp.assets": "data", "aevlp.experiments": "nbs/experiments"},
+    packages=["aevlp", *shipped],
+    package_dir={"aevlp": "aevlp", **shipped},
     package_data={
         "aevlp.assets": ["*.safetensors", "*.json", "*.txt", "*.md", "*/*.txt"],
         "aevlp.experiments": ["*.ipynb", "*.yaml"],
+        "aevlp.tutorials": ["*.ipynb"],
     },
     install_requires=cfg["requirements"].split(),
     extras_require={"dev": cfg["dev_requirements"].split()},
