@@ -68,7 +68,9 @@ class Textbook:
         self.view_size = clip.image_size
 
     def batches(self):
-        return textbook.loader(self.data, self.recipe.batch_size, self.workers, self.recipe.grid, SIZE, self.view_size)
+        return textbook.loader(
+            self.data, self.recipe.batch_size, self.workers, self.recipe.grid, SIZE, self.view_size, True
+        )
 
     def step(self, batch):
         x, views, observed = (t.to(self.device) for t in batch)

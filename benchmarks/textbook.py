@@ -13,20 +13,20 @@ from aevlp.vlm import GraphNoise, label_graph, prompts
 class Photographs(Dataset):
     """One item: the classifier's input, the views for CLIP, the observed labels."""
 
-    def __init__(self, data, grid, size, view_size, clip_mean, clip_std):
+    def __init__(self, data, grid, size, view_size, clip_mean, clip_std, weak=False):
         normalise = transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+        ends = [transforms.RandomHorizontalFlip(), transforms.ToTensor()]
+        kinds = [
+            transforms.RandomRotation(10),
+            transforms.ColorJitter(0.2, 0.2, 0.2),
+            transforms.RandomAdjustSharpness(2, p=1),
+            transforms.RandomAutocontrast(p=1),
+        ]
+        augment = [transforms.RandomApply([transforms.RandomChoice(kinds)], p=0.2)] if weak else []
+        squash, cut = (transforms.Resize((s, s)) for s in (size, view_size))
         self.data, self.grid = data, grid
-        self.student = transforms.Compose(
-            [transforms.Resize((size, size)), transforms.RandomHorizontalFlip(), transforms.ToTensor(), normalise]
-        )
-        self.view = transforms.Compose(
-            [
-                transforms.Resize((view_size, view_size)),
-                transforms.RandomHorizontalFlip(),
-                transforms.ToTensor(),
-                transforms.Normalize(clip_mean, clip_std),
-            ]
-        )
+        self.student = transforms.Compose([squash, *ends, normalise])
+        self.view = transforms.Compose([cut, *augment, *ends, transforms.Normalize(clip_mean, clip_std)])
 
     def __len__(self):
         return len(self.data.paths)
@@ -49,17 +49,11 @@ class Photographs(Dataset):
         return student, views, torch.from_numpy(self.data.observed[i])
 
 
-def loader(
-    data,
-    batch_size,
-    workers,
-    grid=4,
-    size=448,
-    view_size=224,
-    clip_mean=(0.48, 0.46, 0.41),
-    clip_std=(0.27, 0.26, 0.28),
-):
-    photographs = Photographs(data, grid, size, view_size, clip_mean, clip_std)
+CLIP = (0.481, 0.458, 0.408), (0.269, 0.261, 0.276)
+
+
+def loader(data, batch_size, workers, grid=4, size=448, view_size=224, weak=False):
+    photographs = Photographs(data, grid, size, view_size, *CLIP, weak)
     return DataLoader(photographs, batch_size, shuffle=True, num_workers=workers)
 
 
