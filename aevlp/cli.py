@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['app', 'data_app', 'bank_app', 'Dataset', 'Root', 'Csv', 'Seeds', 'Set', 'Json', 'Fidelity', 'Workers', 'Run', 'Port',
-           'Browser', 'demo', 'train', 'sweep', 'results', 'report', 'figure', 'methods', 'recipe', 'data_check',
-           'data_fetch', 'bank_ls', 'bank_verify', 'bank_rm', 'predict', 'export', 'card', 'lab', 'voila', 'main']
+           'Browser', 'Images', 'On', 'Review', 'Out', 'demo', 'train', 'sweep', 'results', 'report', 'figure',
+           'methods', 'recipe', 'data_check', 'data_fetch', 'bank_ls', 'bank_verify', 'bank_rm', 'predict', 'export',
+           'card', 'lab', 'voila', 'main']
 
 # %% ../nbs/17_cli.ipynb #ac8d8126
 import os
@@ -222,9 +223,7 @@ def card(run: Run, out: Annotated[Optional[Path], typer.Option(help="Default: RE
 # %% ../nbs/17_cli.ipynb #e47eed59
 Port = Annotated[int, typer.Option(min=0, max=65535, help="0: any free one.")]
 Browser = Annotated[bool, typer.Option(help="Open a browser.")]
-
-
-# the other extensions of an installed JupyterLab fail in a page of Voila, and say so in its console
+# other extensions of an installed JupyterLab fail in a page of Voila, and say so in its console
 _PAGE_NEEDS = "@jupyter-widgets/jupyterlab-manager", "@voila-dashboards/widgets-manager8", "anywidget"
 
 
@@ -234,7 +233,7 @@ def _answers(port):
     with socket.socket() as s:
         return s.connect_ex(("127.0.0.1", port)) == 0
 
-
+# %% ../nbs/17_cli.ipynb #7c1e5a90
 def _serve(kind, notebook, port, browser):
     "JupyterLab or Voila on 127.0.0.1 with a token of its own, until Ctrl-C."
     import secrets
@@ -280,20 +279,33 @@ def _top(notebook):
     return top if notebook.is_relative_to(top) else notebook.parent
 
 # %% ../nbs/17_cli.ipynb #411fca63
-@app.command(epilog=_example("lab", "lab --images photos/ --csv labels.csv", "lab --run glyphs-aevlp-s0"))
-def lab(images: Annotated[Optional[Path], typer.Option(help="Folder of your own pictures.")] = None, csv: Csv = None,
-        run: Annotated[Optional[str], typer.Option(help="Open on a run.")] = None, port: Port = 0, browser: Browser = True):
-    "JupyterLab on the explorer."
-    from aevlp import deploy
-    _serve("jupyterlab", deploy.explorer(root=images, csv=csv, run=run), port, browser)
+Images = Annotated[Optional[Path], typer.Option(help="Folder of your own pictures.")]
+On = Annotated[Optional[str], typer.Option(help="Open on a run.")]
+Review = Annotated[bool, typer.Option("--review", help="Say which labels are right, instead of exploring.")]
+Out = Annotated[Optional[Path], typer.Option(help="With --review: your decisions; default reviewed.csv.")]
 
 
-@app.command("app", epilog=_example("app", "app --run glyphs-aevlp-s0"))
-def voila(images: Annotated[Optional[Path], typer.Option(help="Folder of your own pictures.")] = None, csv: Csv = None,
-          run: Annotated[Optional[str], typer.Option(help="Open on a run.")] = None, port: Port = 0, browser: Browser = True):
-    "The explorer as a page of its own."
+def _page(images, csv, run, review, out):
+    "The notebook to open."
+    if out and not review:
+        raise typer.BadParameter("--out is the file of a review; give --review too")
     from aevlp import deploy
-    _serve("voila", deploy.explorer(root=images, csv=csv, run=run), port, browser)
+    return deploy.explorer("csv" if images else "glyphs", images, csv, run, out=(out or "reviewed.csv") if review else None)
+
+
+@app.command(epilog=_example("lab", "lab --images photos/ --csv labels.csv", "lab --run glyphs-aevlp-s0",
+                             "lab --review --images photos/ --csv labels.csv --out reviewed.csv"))
+def lab(images: Images = None, csv: Csv = None, run: On = None, review: Review = False, out: Out = None, port: Port = 0,
+        browser: Browser = True):
+    "JupyterLab on the explorer, or on the review of labels."
+    _serve("jupyterlab", _page(images, csv, run, review, out), port, browser)
+
+
+@app.command("app", epilog=_example("app", "app --run glyphs-aevlp-s0", "app --review --run glyphs-aevlp-s0"))
+def voila(images: Images = None, csv: Csv = None, run: On = None, review: Review = False, out: Out = None, port: Port = 0,
+          browser: Browser = True):
+    "The explorer, or the review of labels, as a page of its own."
+    _serve("voila", _page(images, csv, run, review, out), port, browser)
 
 # %% ../nbs/17_cli.ipynb #e48d307f
 def main(

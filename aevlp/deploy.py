@@ -287,10 +287,11 @@ def explorer(
     csv=None,  # labels of your own pictures
     run=None,  # show this run's data, labels and probabilities
     folder=None,  # of all runs
+    out=None,  # CSV of your decisions: the review instead of the explorer
 ) -> Path:
-    "A copy of the explorer notebook that opens on a data set, on your own pictures, or on a run."
+    "A copy of the explorer or the review notebook that opens on a data set, on your own pictures, or on a run."
     import papermill
-    source = runs._experiments().parent / "tutorials/explore.ipynb"
+    source = runs._experiments().parent / f"tutorials/{'review' if out else 'explore'}.ipynb"
     if not source.is_file():
         raise AevlpError(f"{source} is missing; install the package again")
     if run is not None:
@@ -299,8 +300,8 @@ def explorer(
     elif csv:
         dataset = "csv"
     absolute = lambda p: str(Path(p).expanduser().absolute()) if p else None
-    given = dict(dataset=dataset, root=absolute(root), csv=absolute(csv), run=absolute(run))
-    out = Path(folder or runs.runs_root()).absolute() / "notebooks/explore.ipynb"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    papermill.execute_notebook(str(source), str(out), parameters=given, prepare_only=True, progress_bar=False)
-    return out
+    given = dict(dataset=dataset, root=absolute(root), csv=absolute(csv), run=absolute(run)) | ({"out": absolute(out)} if out else {})
+    copy = Path(folder or runs.runs_root()).absolute() / "notebooks" / source.name
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    papermill.execute_notebook(str(source), str(copy), parameters=given, prepare_only=True, progress_bar=False)
+    return copy

@@ -159,6 +159,30 @@ def until_answers(server):
     return line.strip()
 
 
+@pytest.mark.parametrize("command, kind", [("lab", "jupyterlab"), ("app", "voila")])
+def test_the_review_opens_on_own_pictures(tmp_path, capsys, monkeypatch, command, kind):
+    import nbformat
+
+    monkeypatch.setenv("AEVLP_RUNS", str(tmp_path / "runs"))
+    monkeypatch.chdir(tmp_path)
+    opened = []
+    monkeypatch.setattr(cli, "_serve", lambda kind, notebook, *_: opened.append((kind, notebook)))
+    given = [command, "--images", "photos", "--csv", "labels.csv"]
+    for options, name in ((["--review"], "reviewed.csv"), (["--review", "--out", "mine.csv"], "mine.csv"), ([], None)):
+        code, _, err = call(capsys, *given, *options)
+        assert (code, err) == (0, "") and opened[-1][0] == kind
+        assert opened[-1][1].name == ("review.ipynb" if name else "explore.ipynb")
+        cells = nbformat.read(opened[-1][1], 4).cells
+        values = next(c.source for c in cells if "injected-parameters" in c.metadata.get("tags", []))
+        found = {}
+        exec(values, found)
+        expected = {"dataset": "csv", "root": str(tmp_path / "photos"), "csv": str(tmp_path / "labels.csv")}
+        expected |= {"run": None} | ({"out": str(tmp_path / name)} if name else {})
+        assert {k: v for k, v in found.items() if k != "__builtins__"} == expected
+    code, _, err = call(capsys, *given, "--out", "mine.csv")
+    assert code == 2 and "--review" in err
+
+
 @pytest.mark.parametrize("command", ["lab", "app"])
 def test_servers_listen_here_only_and_want_their_token(tmp_path, command):
     import urllib.error
