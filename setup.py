@@ -1,4 +1,4 @@
-"""Reads settings.ini, the one place for metadata, and maps what ships (data/, experiments, tutorials) into the wheel."""
+"""Reads settings.ini, the one place for metadata, and maps what ships beside the module into the wheel."""
 
 from configparser import ConfigParser
 from pathlib import Path
