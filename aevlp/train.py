@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CACHE_BYTES', 'EVALUATION_BATCH', 'HISTORY', 'QUALITY', 'OPTIMIZERS', 'seed_everything', 'deterministic', 'replacing',
-           'save_checkpoint', 'load_checkpoint', 'Pictures', 'shard', 'gather_rows', 'predict', 'Training', 'fit',
-           'load_run']
+           'save_checkpoint', 'load_checkpoint', 'Pictures', 'shard', 'gather_rows', 'predict', 'Training',
+           'tracker_named', 'fit', 'load_run']
 
 # %% ../nbs/13_train.ipynb #33de8b74
 import contextlib
@@ -25,6 +25,7 @@ import pandas as pd
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import broadcast
 from fastcore.basics import patch
 from safetensors import SafetensorError, safe_open
@@ -304,7 +305,7 @@ QUALITY = HISTORY[4:9]
 class Training:
     "One run: its parts, its position, its folder."
 
-    def __init__(self, data, method, recipe, seed, run_dir, device=None, bank=True, checkpoint_minutes=10.0):
+    def __init__(self, data, method, recipe, seed, run_dir, device=None, bank=True, checkpoint_minutes=10.0, tracker=None):
         self.data, self.recipe, self.seed, self.run_dir = data, recipe, seed, Path(run_dir)
         self.method, self.bank, self.checkpoint_minutes = get_method(method), bank, checkpoint_minutes
         self.ids = {split: data.splits.get(split, np.empty(0, np.int64)) for split in ("train", "val", "test")}
@@ -319,13 +320,23 @@ class Training:
             "recipe": asdict(recipe),
             "version": aevlp.__version__,
         }
-        self.accelerator = _accelerator(device, recipe)
+        self.accelerator = _accelerator(device, recipe, tracker_named(tracker), self.run_dir)
         self.device, self.main = self.accelerator.device, self.accelerator.is_main_process
         self.at = {"epoch": 1, "step": 0, "loss": 0.0, "seconds": 0.0, "epoch_seconds": 0.0, "history": [],
                    "best_epoch": 0, "best_map": -1.0, "stopped": False}  # fmt: skip
 
+# %% ../nbs/13_train.ipynb #5d2f7c10
+def tracker_named(
+    name: str | None,  # as Accelerate calls it: tensorboard, wandb, mlflow, ...
+) -> str | None:
+    "The name of a tracker that is installed here."
+    if name and name not in (installed := [t.value for t in get_available_trackers()]):
+        here = ", ".join(installed) or "none"
+        raise AevlpError(f"tracker '{name}' is unknown to Accelerate or not installed; installed here: {here}")
+    return name or None
 
-def _accelerator(device, recipe):
+
+def _accelerator(device, recipe, tracker=None, folder=None):
     "Accelerate on the CPU or the GPUs of this process group."
     device = str(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device == "cuda" and not torch.cuda.is_available():
@@ -336,7 +347,8 @@ def _accelerator(device, recipe):
         raise AevlpError("precision fp16 needs a GPU; use precision=no or precision=bf16 on the CPU")
     AcceleratorState._reset_state(reset_partial_state=True)  # an earlier run of this process may have had another precision
     return Accelerator(
-        cpu=device == "cpu", mixed_precision=recipe.precision, dynamo_backend="inductor" if recipe.compile else None
+        cpu=device == "cpu", mixed_precision=recipe.precision, dynamo_backend="inductor" if recipe.compile else None,
+        log_with=tracker, project_dir=folder,
     )
 
 # %% ../nbs/13_train.ipynb #ec8583dd
@@ -657,6 +669,19 @@ def prepare_folder(self: Training):
             raise AevlpError(f"{self.run_dir}: cannot be made ({e.strerror}); choose another folder") from e
     self.accelerator.wait_for_everyone()
 
+# %% ../nbs/13_train.ipynb #5d2f7c11
+@patch
+def flat_settings(self: Training):
+    "What a tracker shows of the settings: plain values."
+    flat = {k: v for k, v in self.settings.items() if k != "recipe"} | self.settings["recipe"]
+    return {k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in flat.items()}
+
+
+@patch
+def track(self: Training, row):
+    "Tell the tracker, if there is one, the numbers of an epoch."
+    self.accelerator.log({k: v for k, v in row.items() if k != "epoch" and v is not None}, step=row["epoch"])
+
 
 @patch
 def bar(self: Training, shown):
@@ -679,24 +704,31 @@ def fit(
     progress: bool = True,  # a bar with the time left
     on_epoch=None,  # called with the row of the history after each epoch, and `epochs`
     checkpoint_minutes: float = 10.0,  # between checkpoints within an epoch
+    tracker: str | None = None,  # of Accelerate, as 'tensorboard', beside history.csv; default $AEVLP_TRACKER, else none
 ) -> dict:  # as metrics.json
     "Train `method` on `data`, or go on where a run in `run_dir` was interrupted."
-    run = Training(data, method, recipe, seed, run_dir, device, bank, checkpoint_minutes)
+    run = Training(data, method, recipe, seed, run_dir, device, bank, checkpoint_minutes, tracker or os.environ.get("AEVLP_TRACKER"))
     run.prepare_folder()
     if done := run.finished():
         return done
     with deterministic(run.device.type == "cpu"):
         run.build()
         run.resume()
+        run.accelerator.init_trackers("aevlp", run.flat_settings())
         with run.bar(progress) as bar:
             while run.at["epoch"] <= recipe.epochs and not run.at["stopped"]:
                 run.train_epoch(bar.update if bar else lambda: None)
                 row = run.end_epoch()
+                run.track(row)
                 if bar:
                     bar.set_postfix_str("" if row["val_map"] is None else f"validation mAP {row['val_map']:.1f}")
                 if on_epoch and run.main:
                     on_epoch(row | {"epochs": recipe.epochs})
-        return run.finish()
+        metrics = run.finish()
+        run.track({"epoch": metrics["best_epoch"], "test_map": metrics["test_map"]})
+        for tell in run.accelerator.trackers:  # not end_training, which ends the process group as well
+            tell.finish()
+        return metrics
 
 # %% ../nbs/13_train.ipynb #04a14c26
 def load_run(

@@ -286,3 +286,18 @@ def test_the_loop_names_no_method():
     tree = ast.parse(Path(train.__file__).read_text())
     literals = {n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
     assert not literals & ((set(METHODS) | set(LABELERS)) - {"none"})
+
+
+def test_a_tracker_is_asked_for_by_name(data, run, tmp_path, monkeypatch):
+    def events(folder):
+        return [p for p in folder.rglob("*tfevents*") if p.stat().st_size]
+
+    assert not events(run)
+    tiny.train(tmp_path / "named", "an", data, {"epochs": 1}, tracker="tensorboard")
+    assert events(tmp_path / "named")
+    monkeypatch.setenv("AEVLP_TRACKER", "tensorbord")
+    with pytest.raises(AevlpError, match="'tensorbord' is unknown to Accelerate or not installed"):
+        tiny.train(tmp_path / "other", "an", data, {"epochs": 1})
+    monkeypatch.delenv("AEVLP_TRACKER")
+    plain = tiny.train(tmp_path / "plain", "an", data, {"epochs": 1})
+    assert not events(tmp_path / "plain") and plain["test_map"] is not None
