@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from fastcore.basics import patch
 from filelock import FileLock
 
 from .data import AevlpError, home
@@ -38,6 +39,7 @@ def _read_json(path):
 def _sha256(path):
     with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
 
+# %% ../nbs/08_bank.ipynb #d6d223ee
 class Bank:
     "Embeddings of the views of a training split, one file an epoch"
     def __init__(self, folder, ids, views: int, width: int):
@@ -70,74 +72,86 @@ class Bank:
 
     def _file(self, epoch, suffix): return self.folder / f"epoch_{epoch:03d}.{suffix}"
 
-    def _maps(self, epoch, create=False):  # -> memory maps of the rows and of their marks, or None
-        if epoch not in self._open:
-            rows, done = self._file(epoch, "f16"), self._file(epoch, "done")
-            if not done.exists():
-                if not create: return None
-                self._make(rows, done)
-            self._check(epoch, rows, done)
-            self._open[epoch] = (np.memmap(rows, np.float16, "r+", shape=self.shape), np.memmap(done, np.uint8, "r+", shape=self.shape[:1]))
-        return self._open[epoch]
+# %% ../nbs/08_bank.ipynb #cc79febf
+@patch
+def _maps(self: Bank, epoch, create=False):  # -> memory maps of the rows and of their marks, or None
+    if epoch not in self._open:
+        rows, done = self._file(epoch, "f16"), self._file(epoch, "done")
+        if not done.exists():
+            if not create: return None
+            self._make(rows, done)
+        self._check(epoch, rows, done)
+        self._open[epoch] = (np.memmap(rows, np.float16, "r+", shape=self.shape), np.memmap(done, np.uint8, "r+", shape=self.shape[:1]))
+    return self._open[epoch]
 
-    def _make(self, rows, done):
-        "Both files of an epoch, with room on the disk for all of their bytes"
-        with FileLock(self.folder / ".lock"):
-            for path, size in ((rows, self.bytes), (done, self.shape[0])):
-                if path.exists(): continue
-                temporary = path.with_suffix(".tmp")
-                try:
-                    with open(temporary, "wb") as f: os.posix_fallocate(f.fileno(), 0, size)
-                    os.replace(temporary, path)
-                except OSError as e:
-                    temporary.unlink(missing_ok=True)
-                    free = shutil.disk_usage(self.folder).free
-                    raise AevlpError(f"No room for the CLIP bank: {path} needs {size / 1e6:,.1f} MB and {free / 1e6:,.1f} MB are free ({e.strerror}); "
-                                     "free some (`aevlp bank ls`), set AEVLP_HOME to another disk, or train without a bank.") from e
+@patch
+def _make(self: Bank, rows, done):
+    "Both files of an epoch, with room on the disk for all of their bytes"
+    with FileLock(self.folder / ".lock"):
+        for path, size in ((rows, self.bytes), (done, self.shape[0])):
+            if path.exists(): continue
+            temporary = path.with_suffix(".tmp")
+            try:
+                with open(temporary, "wb") as f: os.posix_fallocate(f.fileno(), 0, size)
+                os.replace(temporary, path)
+            except OSError as e:
+                temporary.unlink(missing_ok=True)
+                free = shutil.disk_usage(self.folder).free
+                raise AevlpError(f"No room for the CLIP bank: {path} needs {size / 1e6:,.1f} MB and {free / 1e6:,.1f} MB are free ({e.strerror}); "
+                                 "free some (`aevlp bank ls`), set AEVLP_HOME to another disk, or train without a bank.") from e
 
-    def _check(self, epoch, rows, done):
-        "The files have their sizes, and a complete one its hash"
-        seal = self._file(epoch, "json")
-        fits = rows.exists() and rows.stat().st_size == self.bytes and done.stat().st_size == self.shape[0]
-        if not fits or seal.exists() and _read_json(seal)["sha256"] != _sha256(rows):
-            raise AevlpError(f"{rows} is damaged: it is not what was written; `aevlp bank rm {self.folder.name}` makes room for a new one.")
+@patch
+def _check(self: Bank, epoch, rows, done):
+    "The files have their sizes, and a complete one its hash"
+    seal = self._file(epoch, "json")
+    fits = rows.exists() and rows.stat().st_size == self.bytes and done.stat().st_size == self.shape[0]
+    if not fits or seal.exists() and _read_json(seal)["sha256"] != _sha256(rows):
+        raise AevlpError(f"{rows} is damaged: it is not what was written; `aevlp bank rm {self.folder.name}` makes room for a new one.")
 
-    def rows(self, ids):  # -> (B,) positions in the training split
-        rows = np.searchsorted(self.ids, np.asarray(ids)).clip(max=len(self.ids) - 1)
-        if not np.array_equal(self.ids[rows], ids): raise AevlpError(f"The bank {self.folder.name} is of other images: not all of {list(map(int, ids))[:8]} are its own.")
-        return rows
+# %% ../nbs/08_bank.ipynb #3231a320
+@patch
+def rows(self: Bank, ids):  # -> (B,) positions in the training split
+    rows = np.searchsorted(self.ids, np.asarray(ids)).clip(max=len(self.ids) - 1)
+    if not np.array_equal(self.ids[rows], ids): raise AevlpError(f"The bank {self.folder.name} is of other images: not all of {list(map(int, ids))[:8]} are its own.")
+    return rows
 
-    def missing(self, epoch: int, ids) -> np.ndarray:
-        "Those of `ids` whose views have not been encoded"
-        ids, maps = np.asarray(ids), self._maps(epoch)
-        return ids if maps is None else ids[maps[1][self.rows(ids)] == 0]
+@patch
+def missing(self: Bank, epoch: int, ids) -> np.ndarray:
+    "Those of `ids` whose views have not been encoded"
+    ids, maps = np.asarray(ids), self._maps(epoch)
+    return ids if maps is None else ids[maps[1][self.rows(ids)] == 0]
 
-    def get(self, epoch: int, ids):
-        "(B, V, K) float16, or None if a row is missing"
-        maps, rows = self._maps(epoch), self.rows(ids)
-        if maps is None or not maps[1][rows].all(): return None
-        return torch.from_numpy(np.array(maps[0][rows]))
+@patch
+def get(self: Bank, epoch: int, ids):
+    "(B, V, K) float16, or None if a row is missing"
+    maps, rows = self._maps(epoch), self.rows(ids)
+    if maps is None or not maps[1][rows].all(): return None
+    return torch.from_numpy(np.array(maps[0][rows]))
 
-    def put(self, epoch: int, ids, embeddings):  # (B, V, K)
-        "Keep the embeddings of some images"
-        data, done = self._maps(epoch, create=True)
-        rows = self.rows(ids)
-        data[rows] = torch.as_tensor(embeddings).detach().to("cpu", torch.float16).numpy()
-        data.flush()
-        done[rows] = 1
-        if done.all(): self._seal(epoch)
+@patch
+def put(self: Bank, epoch: int, ids, embeddings):  # (B, V, K)
+    "Keep the embeddings of some images"
+    data, done = self._maps(epoch, create=True)
+    rows = self.rows(ids)
+    data[rows] = torch.as_tensor(embeddings).detach().to("cpu", torch.float16).numpy()
+    data.flush()
+    done[rows] = 1
+    if done.all(): self._seal(epoch)
 
-    def complete(self, epoch: int) -> bool:
-        "Whether every image of the epoch is there"
-        maps = self._maps(epoch)
-        return maps is not None and bool(maps[1].all())
+@patch
+def complete(self: Bank, epoch: int) -> bool:
+    "Whether every image of the epoch is there"
+    maps = self._maps(epoch)
+    return maps is not None and bool(maps[1].all())
 
-    def _seal(self, epoch):
-        self._open[epoch][1].flush()
-        if not self._file(epoch, "json").exists():
-            _write_json(self._file(epoch, "json"), dict(sha256=_sha256(self._file(epoch, "f16")), bytes=self.bytes))
+@patch
+def _seal(self: Bank, epoch):
+    self._open[epoch][1].flush()
+    if not self._file(epoch, "json").exists():
+        _write_json(self._file(epoch, "json"), dict(sha256=_sha256(self._file(epoch, "f16")), bytes=self.bytes))
 
-    def close(self): self._open.clear()
+@patch
+def close(self: Bank): self._open.clear()
 
 # %% ../nbs/08_bank.ipynb #59154ef3
 def _folder(name, root):

@@ -57,6 +57,7 @@ class Clip:
     def encode_text(self, texts: list) -> Tensor:  # C prompts -> (C, K) float32, not normalised
         with self._cast(): return self.model.encode_text(self.tokenizer(texts).to(self.device)).float()
 
+# %% ../nbs/07_vlm.ipynb #3b166afc
 def _nearest(word, known): return difflib.get_close_matches(word, known, n=1, cutoff=0)[0]
 
 def _weights_of(name, pretrained):  # -> arguments of open_clip.create_model
@@ -135,6 +136,7 @@ class GraphNoise(nn.Module):
             if i < len(self.weights) or self.last_activation: h = nn.functional.leaky_relu(h, self.slope)
         return h
 
+# %% ../nbs/07_vlm.ipynb #fb4f3682
 @torch.no_grad()
 def text_prototypes(
     clip: Clip,

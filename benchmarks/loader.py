@@ -1,4 +1,8 @@
-"""Decoding, 1 + g x g views at 224 and the classifier's input at 448, until the tensors are ready for the models."""
+"""Decoding, 1 + g x g views at 224 and the classifier's input at 448, until the tensors are ready for the models.
+
+On the CPU, aevlp decodes in the training process: its threads make the views, and a picture that comes from
+another process costs as much again as its decoding.
+"""
 
 import resource
 import tempfile
@@ -41,7 +45,7 @@ def measure(images=192, batch_size=16, workers=2, grid=4, repeats=3, device="cpu
             views = ViewSettings(grid=grid, augment=augment)
             run = dict(
                 textbook=lambda augment=augment: theirs(data, batch_size, workers, grid, augment == "weak", device),
-                aevlp=lambda views=views: ours(data, batch_size, workers, views, device),
+                aevlp=lambda views=views: ours(data, batch_size, 0 if device == "cpu" else workers, views, device),
             )
             times = rivals(run, repeats, device)
             used = {name: processor_seconds(function) for name, function in run.items()}
