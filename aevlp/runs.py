@@ -626,8 +626,8 @@ def load_spec(
             raise AevlpError(f"{where}: methods should be names, not {reprlib.repr(named)}")
     for row in spec.get("rows") or []:
         _known_keys(f"{where}, rows", row, _ROW)
-        if "method" not in row:
-            raise AevlpError(f"{where}: a row without method: {row!r}")
+        if not isinstance(row.get("method"), str):
+            raise AevlpError(f"{where}: a row without the name of a method: {reprlib.repr(row)}")
     return {"name": "sweep", "datasets": ["glyphs"], "seeds": [0]} | {k: v for k, v in spec.items() if v is not None}
 
 # %% ../nbs/15_runs.ipynb #5a20d53d

@@ -214,7 +214,7 @@ def test_servers_listen_here_only_and_want_their_token(tmp_path, command):
     finally:
         family = psutil.Process(server.pid).children(recursive=True) if server.poll() is None else []
         os.killpg(server.pid, 2)
-        server.wait(30)
+        server.wait(120)
         until = time.monotonic() + 10
         while any(p.is_running() and p.status() != "zombie" for p in family) and time.monotonic() < until:
             time.sleep(0.1)

@@ -112,7 +112,9 @@ def test_channels_last_gives_the_same():
 @pytest.mark.parametrize("suffix", ["safetensors", "pth"])
 @pytest.mark.parametrize("wrap", ["plain", "checkpoint", "parallel"])
 def test_local_weights_arrive(tmp_path, suffix, wrap):
-    state = {k: v.clone() for k, v in build(seed=3).backbone.net.state_dict().items()}
+    state = {
+        k: v.clone(memory_format=torch.contiguous_format) for k, v in build(seed=3).backbone.net.state_dict().items()
+    }
     state |= {"fc.weight": torch.zeros(1000, 512), "fc.bias": torch.zeros(1000)}  # not read
     if wrap == "parallel":
         state = {"module." + k: v for k, v in state.items()}
