@@ -34,7 +34,8 @@ def point(images, grid, classes, folder):
     torch.set_num_threads(2)
     data = photographs(Path(folder) / "photographs", images, classes, files=64)
     r, clip = recipe("glyphs", "aevlp", grid=grid), load_clip("glyphs-clip")
-    bank = Bank.open(folder, dict(point=[images, grid, classes]), data.splits["train"], 1 + grid**2, clip.width)
+    key = dict(point=[images, grid, classes])
+    bank = Bank.open(tempfile.mkdtemp(dir=folder), key, data.splits["train"], 1 + grid**2, clip.width)  # an empty one
     labeler = DampLabeler(Eyes(clip, view_settings(r, clip), 0, bank), prototypes(r, clip, data.class_names), r)
     observed, peak, before = torch.from_numpy(data.observed), 0, psutil.Process().memory_info().rss
     start = time.perf_counter()
@@ -68,9 +69,8 @@ def draw(rows, path=FIGURE):
         axes[0, column].plot(x, [1e3 * r["seconds"] / r["images"] for r in part], "o-", color="#0072B2")
         axes[1, column].plot(x, [r["peak_mb"] for r in part], "o-", color="#D55E00")
         axes[1, column].set_xlabel(label)
-        for row in axes[:, column]:
-            row.set_ylim(bottom=0)
-            row.set_xlim(left=0)
+    for panel in axes.flat:
+        panel.set(xlim=(0, None), ylim=(0, None))
     axes[0, 0].set_ylabel("ms an image")
     axes[1, 0].set_ylabel("memory grown, MB")
     path.parent.mkdir(exist_ok=True)

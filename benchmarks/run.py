@@ -41,7 +41,7 @@ def main():
         print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
     grown = growth.measure()
     growth.draw(grown)
-    print(pd.DataFrame(rows).fillna("").to_string(index=False))
+    print(pd.DataFrame(rows).astype(object).fillna("").to_string(index=False))
     about = dict(
         device=cpu_name(), command="python benchmarks/run.py " + " ".join(sys.argv[1:]), torch=torch.__version__
     )
