@@ -714,7 +714,7 @@ def fit(
     with deterministic(run.device.type == "cpu"):
         run.build()
         run.resume()
-        run.accelerator.init_trackers("aevlp", run.flat_settings())
+        run.accelerator.init_trackers(aevlp.__name__, run.flat_settings())
         with run.bar(progress) as bar:
             while run.at["epoch"] <= recipe.epochs and not run.at["stopped"]:
                 run.train_epoch(bar.update if bar else lambda: None)
