@@ -19,18 +19,10 @@ import torch
 from fastcore.basics import patch
 from filelock import FileLock
 
-from .data import AevlpError, home
+from .data import AevlpError, home, write_json
 
 # %% ../nbs/08_bank.ipynb #dff25a35
 def banks_root() -> Path: return home() / "banks"
-
-def _write_json(path, value):
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(json.dumps(value, indent=1, sort_keys=True, default=str))
-        os.replace(temporary, path)
-    except OSError as e: raise AevlpError(f"{path}: cannot be written ({e.strerror}); make room, or set AEVLP_HOME to another disk.") from e
-    finally: temporary.unlink(missing_ok=True)
 
 def _read_json(path):
     try: return json.loads(path.read_text())
@@ -63,7 +55,7 @@ class Bank:
         else:
             try: folder.mkdir(parents=True, exist_ok=True)
             except OSError as e: raise AevlpError(f"The bank folder {folder} cannot be made ({e.strerror}); set AEVLP_HOME to a folder that can be written.") from e
-            _write_json(path, manifest)
+            write_json(path, manifest)
             print(f"New CLIP bank {name}: {bank.bytes / 1e6:,.1f} MB an epoch in {folder.parent}", file=sys.stderr)
         return bank
 
@@ -148,7 +140,7 @@ def complete(self: Bank, epoch: int) -> bool:
 def _seal(self: Bank, epoch):
     self._open[epoch][1].flush()
     if not self._file(epoch, "json").exists():
-        _write_json(self._file(epoch, "json"), dict(sha256=_sha256(self._file(epoch, "f16")), bytes=self.bytes))
+        write_json(self._file(epoch, "json"), dict(sha256=_sha256(self._file(epoch, "f16")), bytes=self.bytes))
 
 @patch
 def close(self: Bank): self._open.clear()

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from . import methods, plots, runs, train
-from .data import AevlpError, LabelledImages, decode
+from .data import AevlpError, LabelledImages, decode, write_text
 
 # %% ../nbs/15c_deploy.ipynb #79ac4fbf
 def best_f1_threshold(
@@ -64,7 +64,7 @@ def thresholds(
     probs = train.predict(model, data, ids, settings["recipe"], device).cpu().numpy()
     best = given_threshold if data.truth is None else best_f1_threshold
     found = {name: best(probs[:, c], data.targets("val")[:, c]) for c, name in enumerate(names)}
-    runs.write_text(kept, json.dumps(found, indent=1))
+    write_text(kept, json.dumps(found, indent=1))
     return pd.Series(found, name="threshold")
 
 # %% ../nbs/15c_deploy.ipynb #21d6593b
@@ -200,7 +200,7 @@ def export(
                  std=list(map(float, net.std)), output="probability per class", classes=list(names))
     kept = run / "thresholds.json"
     about |= dict(thresholds=json.loads(kept.read_text(encoding="utf-8"))) if kept.is_file() else {}
-    runs.write_text(out.with_suffix(".json"), json.dumps(about, indent=1))
+    write_text(out.with_suffix(".json"), json.dumps(about, indent=1))
     return dict(path=str(out), difference=difference)
 
 # %% ../nbs/15c_deploy.ipynb #204d3d6f
@@ -258,7 +258,7 @@ def card(
         raise AevlpError(f"run {run.name} is {said['state']}: a card needs its metrics; finish it first")
     params, classes = runs.read_params(run), pd.Series(metrics.get("per_class") or {}, dtype=float)
     out = Path(out or run / "README.md")
-    runs.write_text(out, _CARD.format(**_card_facts(run, params, metrics, classes, said)))
+    write_text(out, _CARD.format(**_card_facts(run, params, metrics, classes, said)))
     return out
 
 

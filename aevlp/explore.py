@@ -29,10 +29,10 @@ from PIL import Image
 
 from . import plots, runs
 from .damp import DampScores, damp
-from .data import AevlpError, LabelledImages, decode, progress
+from .data import AevlpError, LabelledImages, decode, progress, replacing, write_text
 from .labelers import Batch, Eyes, build_labeler, prototypes, view_settings
 from .recipes import recipe as find_recipe
-from .train import load_run, predict, replacing
+from .train import load_run, predict
 from .views import view_plan
 from .vlm import load_clip, similarities
 
@@ -738,7 +738,7 @@ def show_labels(self:Explore):
 @patch
 def write_parameters(self:Explore):
     path = self.folder/f'{self.state.data.name}-parameters.yaml'
-    path.write_text(self.params.value)
+    write_text(path, self.params.value)
     self.say(f'written: {path.name}')
 
 

@@ -10,7 +10,6 @@ __all__ = ['FONT', 'GLYPHS', 'CLASS_NAMES', 'LETTERS', 'SIDE', 'THEMES', 'COUNTS
 # %% ../nbs/05_glyphs.ipynb #b23b63f5
 import colorsys
 import io
-import math
 import os
 import uuid
 from functools import lru_cache
@@ -20,7 +19,7 @@ from typing import NamedTuple
 import matplotlib
 import numpy as np
 import open_clip
-from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from timm.models import build_model_with_cfg, register_model
 from timm.models.resnet import BasicBlock, ResNet
 

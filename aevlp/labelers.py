@@ -7,7 +7,6 @@ __all__ = ['LABELERS', 'Batch', 'Labeler', 'RandomLabeler', 'large_loss_count', 
            'VlplLabeler', 'Fixed', 'view_settings', 'prototypes', 'build_labeler']
 
 # %% ../nbs/10_labelers.ipynb #fa7cda5b
-import difflib
 import math
 from dataclasses import asdict, dataclass
 
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from .bank import Bank
 from .damp import damp
-from .data import AevlpError, LabelledImages
+from .data import AevlpError, LabelledImages, nearest
 from .losses import large_loss_mask
 from .views import ViewSettings, make_views, student_inputs, view_plan
 from .vlm import load_clip, similarities, text_prototypes
@@ -183,5 +182,5 @@ def build_labeler(name,            # a key of `LABELERS`
                   bank_root=None): # folder of banks; None = the usual one, False = no bank
     "The labeler of a run on `data`'s training split"
     if name not in LABELERS:
-        raise AevlpError(f"no labeler is called '{name}'; the nearest is '{difflib.get_close_matches(name, LABELERS, n=1, cutoff=0)[0]}'.")
+        raise AevlpError(f"no labeler is called '{name}'; the nearest is '{nearest(name, LABELERS)}'.")
     return LABELERS[name](data, recipe, seed, device, bank_root)

@@ -8,16 +8,15 @@ __all__ = ['OBJECTIVES', 'METHODS', 'TABLE1', 'TABLE2', 'Objective', 'merged', '
            'Method', 'get']
 
 # %% ../nbs/12_methods.ipynb #049ec4cb
-import difflib
 import math
 from dataclasses import dataclass, field
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from . import losses
-from .data import AevlpError
+from .data import AevlpError, nearest
 from .labelers import LABELERS, large_loss_count
 from .models import logits_of
 
@@ -215,14 +214,12 @@ OBJECTIVES = {**{name: partial(Merged, fn) for name, fn in _STATELESS.items()},
               'll-r': partial(LargeLoss, 'r'), 'll-ct': partial(LargeLoss, 'ct'), 'll-cp': LargeLossCp,
               'boostlu-ll-r': partial(LargeLoss, 'r'), 'mime': Mime, 'smile': Smile}
 
-def _nearest(kind, name, known):
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
-    return AevlpError(f"no {kind} is called '{name}'; the nearest is '{near}'.")
+def _unknown(kind, name, known): return AevlpError(f"no {kind} is called '{name}'; the nearest is '{nearest(name, known)}'.")
 
 def build_objective(name,        # a key of `OBJECTIVES`
                     recipe, n_images, n_classes, observed, truth=None, seed=0):
     "The objective of a run; its tensors live where `observed` does"
-    if name not in OBJECTIVES: raise _nearest('loss', name, OBJECTIVES)
+    if name not in OBJECTIVES: raise _unknown('loss', name, OBJECTIVES)
     return OBJECTIVES[name](recipe, n_images, n_classes, observed, truth=truth, seed=seed)
 
 # %% ../nbs/12_methods.ipynb #49699af1
@@ -286,7 +283,7 @@ def get(name):  # a name of `METHODS`, or any 'loss+labeler'
     for method in METHODS.values():
         if name == method.name or name == f'{method.objective}+{method.labeler}': return method
     loss, plus, labeler = name.partition('+')
-    if not plus: raise _nearest('method', name, METHODS)
-    if loss not in OBJECTIVES: raise _nearest('loss', loss, OBJECTIVES)
-    if labeler not in LABELERS: raise _nearest('labeler', labeler, LABELERS)
+    if not plus: raise _unknown('method', name, METHODS)
+    if loss not in OBJECTIVES: raise _unknown('loss', loss, OBJECTIVES)
+    if labeler not in LABELERS: raise _unknown('labeler', labeler, LABELERS)
     return Method(name, f'{loss} + {labeler}', loss, labeler, _HEADS.get(loss, 'linear'))

@@ -8,14 +8,13 @@ __all__ = ['DATASETS', 'TRAINING', 'LOSSES', 'SINGLE', 'DAMP', 'SWITCHES', 'OWN'
            'parse_overrides', 'should_stop']
 
 # %% ../nbs/09_recipes.ipynb #befc6560
-import difflib
 import reprlib
 import math
 from dataclasses import asdict, dataclass, fields
 
 import pandas as pd
 
-from .data import AevlpError
+from .data import AevlpError, nearest
 
 # %% ../nbs/09_recipes.ipynb #ab89acd0
 @dataclass(frozen=True, kw_only=True)
@@ -333,8 +332,7 @@ _UNIT = ('q3', 'negative_ratio', 'global_threshold', 'local_threshold', 'smoothi
 def _typed(key, value):
     "`value` as the type of field `key`; a sentence if that cannot be"
     if key not in FIELDS:
-        near = difflib.get_close_matches(key, FIELDS, n=1, cutoff=0)
-        raise AevlpError(f"no setting is called '{key}'; the nearest is '{near[0]}'.")
+        raise AevlpError(f"no setting is called '{key}'; the nearest is '{nearest(key, FIELDS)}'.")
     kind, given = FIELDS[key], value
     wrong = AevlpError(f"{key}={reprlib.repr(given)} should be {dict(int='a whole number', float='a number', bool='true or false', str='text')[kind.__name__]}.")
     if kind is bool:

@@ -17,7 +17,7 @@ import pandas as pd
 from scipy import stats
 
 from . import plots, runs
-from .data import AevlpError, _checkout
+from .data import AevlpError, _checkout, write_text
 
 # %% ../nbs/15b_results.ipynb #e8d9bcab
 def spread(
@@ -121,7 +121,7 @@ def save_table(
     "The table as Markdown, for pages that show it."
     path = Path(path).with_suffix(".md")
     path.parent.mkdir(parents=True, exist_ok=True)
-    runs.write_text(path, table.reset_index().to_markdown(index=False, floatfmt=".2f", missingval="–") + "\n")
+    write_text(path, table.reset_index().to_markdown(index=False, floatfmt=".2f", missingval="–") + "\n")
     return path
 
 # %% ../nbs/15b_results.ipynb #d09ae5c4
@@ -223,7 +223,7 @@ def report(
     if out.parent != folder:
         body = body.replace('href="', f'href="{folder.as_uri()}/')
     out.parent.mkdir(parents=True, exist_ok=True)
-    runs.write_text(out, f"<!doctype html><html lang=en><head>{head}<style>{_STYLE}</style></head><body>{body}</body></html>")
+    write_text(out, f"<!doctype html><html lang=en><head>{head}<style>{_STYLE}</style></head><body>{body}</body></html>")
     return out
 
 # %% ../nbs/15b_results.ipynb #664e597d

@@ -6,7 +6,6 @@
 __all__ = ['Clip', 'load_clip', 'prompts', 'label_graph', 'GraphNoise', 'text_prototypes', 'similarities']
 
 # %% ../nbs/07_vlm.ipynb #1c8f8b7c
-import difflib
 import hashlib
 from contextlib import nullcontext
 from pathlib import Path
@@ -15,7 +14,7 @@ import open_clip
 import torch
 from torch import Tensor, nn
 
-from .data import AevlpError, shipped
+from .data import AevlpError, nearest, shipped
 
 # %% ../nbs/07_vlm.ipynb #c745f2fa
 class Clip:
@@ -58,15 +57,13 @@ class Clip:
         with self._cast(): return self.model.encode_text(self.tokenizer(texts).to(self.device)).float()
 
 # %% ../nbs/07_vlm.ipynb #3b166afc
-def _nearest(word, known): return difflib.get_close_matches(word, known, n=1, cutoff=0)[0]
-
 def _weights_of(name, pretrained):  # -> arguments of open_clip.create_model
     "How open_clip is told where weights are; a tag also says which activation they were trained with"
     if pretrained == "none": return dict(load_weights=False)
     if Path(pretrained).is_file(): return dict(pretrained=pretrained)
     tags = open_clip.list_pretrained_tags_by_model(name)
     if pretrained not in tags:
-        hint = f"the nearest tag is '{_nearest(pretrained, tags)}'" if tags else "open_clip knows no tag for it"
+        hint = f"the nearest tag is '{nearest(pretrained, tags)}'" if tags else "open_clip knows no tag for it"
         raise AevlpError(f"'{pretrained}' is no local file and no pretrained tag of {name}; {hint}.")
     return dict(pretrained=pretrained, force_quick_gelu=open_clip.get_pretrained_cfg(name, pretrained).get("quick_gelu", False))
 
@@ -79,7 +76,7 @@ def load_clip(
     "CLIP by open_clip's name"
     from aevlp import glyphs  # registers the small CLIP with open_clip
 
-    if name not in open_clip.list_models(): raise AevlpError(f"open_clip has no model called '{name}'; the nearest is '{_nearest(name, open_clip.list_models())}'.")
+    if name not in open_clip.list_models(): raise AevlpError(f"open_clip has no model called '{name}'; the nearest is '{nearest(name, open_clip.list_models())}'.")
     if pretrained is None:
         if name != glyphs.CLIP_NAME: raise AevlpError(f"No weights of {name} ship: name a pretrained tag (clip_weights=openai) or a local file.")
         pretrained = str(shipped(glyphs.CLIP_WEIGHTS))

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from sklearn.metrics import average_precision_score
 
 from aevlp import train
-from aevlp.data import AevlpError, decode, epoch_order
+from aevlp.data import AevlpError, decode, epoch_order, replacing
 from aevlp.labelers import LABELERS
 from aevlp.methods import METHODS
 from aevlp.models import build_model
@@ -277,7 +277,7 @@ def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(AevlpError, match="No space left on device"), train.replacing(tmp_path / "a") as file:
+    with pytest.raises(AevlpError, match="No space left on device"), replacing(tmp_path / "a") as file:
         file.write(b"a")
     assert not (tmp_path / "a").exists()
 
