@@ -730,9 +730,9 @@ def cluster(
     threads: int = 1,  # of torch in each run
     scheduler: str | None = None,  # address of a dask cluster that exists
 ):
-    "A dask client: of this machine, on 127.0.0.1 only, or of the cluster at an address."
+    "A dask client: of this machine, open to nobody else on it, or of the cluster at an address."
     import dask
-    from distributed import Client, LocalCluster
+    from distributed import Client, LocalCluster, Security
     if scheduler:
         try:
             client = Client(scheduler, timeout=10, set_as_default=False)
@@ -743,11 +743,13 @@ def cluster(
         return
     limits = {f"{k}_NUM_THREADS": str(threads) for k in ("OMP", "MKL", "OPENBLAS")}
     settings = {"distributed.scheduler.allowed-failures": 1000, "distributed.nanny.pre-spawn-environ": limits,
-                "distributed.worker.daemon": False, "distributed.comm.timeouts.connect": "120s"}
+                "distributed.worker.daemon": False, "distributed.comm.timeouts.connect": "120s",
+                "distributed.scheduler.http.routes": [], "distributed.worker.http.routes": []}  # no web pages, which ask for no certificate
     with dask.config.set(settings), tempfile.TemporaryDirectory(prefix="aevlp-dask-") as scratch:
         local = LocalCluster(n_workers=workers or machine_workers(threads), threads_per_worker=1, processes=True,
-                             host="127.0.0.1", dashboard_address="127.0.0.1:0", memory_limit=0, local_directory=scratch,
-                             preload=_DEAF, silence_logs=50)
+                             host="127.0.0.1", protocol="tls://", security=Security.temporary(),  # a certificate of this sweep
+                             dashboard_address="127.0.0.1:0", scheduler_kwargs={"dashboard": False},
+                             memory_limit=0, local_directory=scratch, preload=_DEAF, silence_logs=50)
         with local, Client(local, set_as_default=False) as client:
             yield client
 

@@ -5,9 +5,12 @@ import os
 import random
 import signal
 import time
+import urllib.error
+import urllib.request
 
 import psutil
 import pytest
+from distributed import Client, Security
 from fake_run import Sweep, alive, begun, fake_notebook, states, until
 
 from aevlp import runs
@@ -97,6 +100,38 @@ def test_a_dead_scheduler_is_one_sentence(tmp_path):
         with runs.cluster(scheduler="tcp://127.0.0.1:1"):
             pass
     assert notebook
+
+
+def listening():
+    """Ports on which this process or a child of it listens."""
+    family = [psutil.Process(), *psutil.Process().children(recursive=True)]
+    return {c.laddr.port for p in family for c in p.net_connections("tcp") if c.status == psutil.CONN_LISTEN}
+
+
+def answers(port):
+    """What a port says to a browser; None where it does not speak HTTP."""
+    try:
+        return urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=10).status
+    except urllib.error.HTTPError as e:
+        return e.code
+    except OSError:
+        return None
+
+
+def test_only_the_sweep_itself_can_talk_to_its_cluster(tmp_path):
+    before = listening()
+    with runs.cluster(1) as client:
+        assert client.submit(len, "abc").result(timeout=60) == 3
+        known = client.scheduler_info()
+        addresses = [known["address"], *known["workers"], *(w["nanny"] for w in known["workers"].values())]
+        assert all(a.startswith("tls://127.0.0.1:") for a in addresses), addresses
+        for address in addresses[:2]:
+            for stranger in (None, Security.temporary()):  # no certificate, and one of another sweep
+                protocol = "tls" if stranger else "tcp"
+                with pytest.raises(OSError):
+                    Client(address.replace("tls", protocol, 1), security=stranger, timeout=3, set_as_default=False)
+        assert {answers(port) for port in listening() - before} <= {None, 404}, "a page of dask is served"
+        assert client.submit(len, "abcd").result(timeout=60) == 4
 
 
 @pytest.mark.slow
