@@ -26,7 +26,8 @@ for epoch in range(1, 4):
     time.sleep(told.get("pause", 0.05))
     lines.append(f"{epoch},{1 / epoch},{50 + epoch},{told.get('pause', 0.05)}")
     (folder / "history.csv").write_text("\\n".join(lines))
-(folder / "metrics.json").write_text(json.dumps({"test_map": 60.0 + seed, "val_map": 53.0, "per_class": {"a": 1.0}}))"""
+metrics = {"test_map": 60.0 + seed, "val_map": 53.0, "per_class": {"a": 1.0}}
+(folder / "metrics.json").write_text(json.dumps(metrics | {"tracker": os.environ.get("AEVLP_TRACKER")}))"""
 
 
 def fake_notebook(folder, **told) -> str:

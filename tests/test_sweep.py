@@ -7,13 +7,15 @@ import signal
 import time
 import urllib.error
 import urllib.request
+from functools import partial
 
+import dask
 import psutil
 import pytest
-from distributed import Client, Security
+from distributed import Client, LocalCluster, Security
 from fake_run import Sweep, alive, begun, fake_notebook, states, until
 
-from aevlp import runs
+from aevlp import cli, runs
 from aevlp.data import AevlpError
 
 
@@ -92,6 +94,32 @@ def test_runs_that_share_a_bank_wait_for_the_first(tmp_path):
     assert set(now[:2]) == {runs.run_name(p) for p in leaders}, "what others wait for comes first"
     assert {len(names) for names in later.values()} == {3} and len(now) + 6 == len(todo)
     assert runs._waves(todo, {runs.bank_of(p) for p in leaders})[1] == {}
+
+
+def test_a_cluster_that_exists_makes_the_runs_and_goes_on(tmp_path):
+    given = dict(n_workers=2, threads_per_worker=1, processes=True, host="127.0.0.1", protocol="tcp://")
+    given |= dict(dashboard_address="127.0.0.1:0", local_directory=str(tmp_path / "dask"), silence_logs=50)
+    with dask.config.set({"distributed.worker.daemon": False}), LocalCluster(**given) as elsewhere:
+        with Client(elsewhere, set_as_default=False) as client:
+            workers = set(client.run(os.getpid).values())
+            table = runs.sweep(
+                spec(4), runs=tmp_path, notebook=fake_notebook(tmp_path), scheduler=client.scheduler.address
+            )
+            assert table.state.tolist() == ["done"] * 4
+            assert {s["process"]["pid"] for s in states(tmp_path).values()} <= workers, "made somewhere else"
+            assert {n: len(b) for n, b in begun(tmp_path).items()} == dict.fromkeys(table.run, 1)
+            assert set(client.run(os.getpid).values()) == workers, "the sweep ended a cluster that is not its own"
+
+
+def test_a_sweep_s_tracker_reaches_its_runs(tmp_path, monkeypatch):
+    """Through $AEVLP_TRACKER: from the command to dask's worker and to the kernel."""
+    monkeypatch.setenv("AEVLP_TRACKER", "none yet")
+    monkeypatch.setattr(runs, "sweep", partial(runs.sweep, runs=tmp_path, notebook=fake_notebook(tmp_path)))
+    (tmp_path / "one.yaml").write_text(json.dumps(spec(1)))
+    with pytest.raises(SystemExit) as end:
+        cli.main(["sweep", str(tmp_path / "one.yaml"), "--tracker", "tensorboard", "--workers", "1"])
+    assert not end.value.code
+    assert [json.loads(p.read_text())["tracker"] for p in tmp_path.glob("*/metrics.json")] == ["tensorboard"]
 
 
 def test_a_dead_scheduler_is_one_sentence(tmp_path):
