@@ -16,6 +16,7 @@ import stat
 import struct
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -218,20 +219,23 @@ def _check_file(path):
         raise AevlpError(f"{path}: the image file is empty; download or copy it again")
 
 # %% ../nbs/03_data.ipynb #c350f0ce
-def decode(
-    path,  # an image file
-) -> np.ndarray:  # (H, W, 3) uint8
-    "The picture as a viewer shows it, RGB on white; of an animation the first frame."
+@contextmanager
+def _quietly():
+    "Without Pillow's warnings. They are switched for all threads at once, so not in the threads that decode."
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _decode(path) -> np.ndarray:  # (H, W, 3) uint8
     _check_file(path)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(path, formats=FORMATS) as im:
-                if im.width * im.height > MAX_PIXELS:
-                    raise ValueError(f"{im.width} x {im.height} pixels; scale it down to at most {MAX_PIXELS} pixels")
-                im.load()
-                orientation = _orientation(im)  # after loading, for Pillow itself turns TIFF
-                im = _rgb(im)
+        with Image.open(path, formats=FORMATS) as im:
+            if im.width * im.height > MAX_PIXELS:
+                raise ValueError(f"{im.width} x {im.height} pixels; scale it down to at most {MAX_PIXELS} pixels")
+            im.load()
+            orientation = _orientation(im)  # after loading, for Pillow itself turns TIFF
+            im = _rgb(im)
         if orientation in _UPRIGHT:
             im = im.transpose(_UPRIGHT[orientation])
         return np.array(im)
@@ -241,6 +245,14 @@ def decode(
         raise AevlpError(f"{path}: far too many pixels (a decompression bomb?); scale it down or leave it out") from None
     except Exception as e:  # Pillow's decoders raise a dozen types on broken files
         raise AevlpError(f"{path}: the image cannot be decoded ({type(e).__name__}: {e}); replace it") from e
+
+
+def decode(
+    path,  # an image file
+) -> np.ndarray:  # (H, W, 3) uint8
+    "The picture as a viewer shows it, RGB on white; of an animation the first frame."
+    with _quietly():
+        return _decode(path)
 
 # %% ../nbs/03_data.ipynb #1c4d582f
 def _label_matrix(name, what, values, shape, allowed) -> np.ndarray:  # int8
@@ -441,7 +453,7 @@ def observe(
 
 # %% ../nbs/03_data.ipynb #0f90146e
 class Images(Dataset):
-    "Pictures by position, decoded when asked for."
+    "Pictures by position, decoded when asked for, a batch by as many threads as torch has."
 
     def __init__(self, paths):
         self.paths = np.asarray(paths)
@@ -449,8 +461,16 @@ class Images(Dataset):
     def __len__(self):
         return len(self.paths)
 
+    def _item(self, i):
+        return torch.from_numpy(_decode(self.paths[i])).permute(2, 0, 1), int(i)
+
     def __getitem__(self, i):  # -> (3, H, W) uint8, position
-        return torch.from_numpy(decode(self.paths[i])).permute(2, 0, 1), int(i)
+        with _quietly():
+            return self._item(i)
+
+    def __getitems__(self, ids):  # what a DataLoader asks for
+        with _quietly(), ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            return list(pool.map(self._item, ids))
 
 
 def _collate(items):
@@ -470,7 +490,7 @@ def image_loader(
     ids,  # (n,) positions in `data`
     batch_size: int,
     order=None,  # the same positions in another order, as `epoch_order` gives; default as given
-    workers: int = 0,  # processes that decode
+    workers: int = 0,  # processes that decode; 0: threads of this one
     pin_memory: bool = False,
 ) -> DataLoader:  # of (list of (3, H, W) uint8, (B,) long positions)
     "Batches of pictures of any size with their positions; the last one may be smaller."

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from .data import AevlpError, shipped
 from .glyphs import STUDENT_WEIGHTS  # registers glyphnet with timm
+from .vlm import weights_of
 
 # %% ../nbs/11_models.ipynb #e228c01f
 def _made(make, name):
@@ -54,7 +55,8 @@ class _ClipTower(nn.Module):
     "The image tower of an open_clip model"
     def __init__(self, name, image_size, pretrained):  # open_clip's name, S, tag or file
         super().__init__()
-        clip = _made(lambda: open_clip.create_model(name, pretrained=pretrained, force_image_size=image_size), f'clip:{name}')
+        where = weights_of(name, pretrained)
+        clip = _made(lambda: open_clip.create_model(name, force_image_size=image_size, **where), f'clip:{name}')
         self.net = clip.visual
         self.cfg = dict(mean=self.net.preprocess_cfg['mean'], std=self.net.preprocess_cfg['std'])
         self.pooled_channels = self.net.output_dim
@@ -99,7 +101,7 @@ def build_backbone(recipe):
     "The backbone of `recipe` with its weights"
     name, weights, size = recipe.backbone, recipe.backbone_weights, recipe.image_size
     if name.startswith('clip:'):
-        return _ClipTower(name.removeprefix('clip:'), size, {'hub': 'openai', 'none': None}.get(weights, weights))
+        return _ClipTower(name.removeprefix('clip:'), size, {'hub': 'openai', 'shipped': None}.get(weights, weights))
     known = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
     fixed = {'img_size': size} if known and known.fixed_input_size else {}
     backbone = _Timm(name, pretrained=weights == 'hub', **fixed)

@@ -32,7 +32,7 @@ class _Training:
     weight_decay: float    # of the optimizer
     early_stop: str        # 'none', 'aevlp', 'gr', 'em' or 'll': see `should_stop`
     precision: str         # 'no', 'bf16' or 'fp16': Accelerate's mixed precision
-    workers: int           # decoding processes
+    workers: int           # decoding processes; 0: threads of the training process; -1: 4 beside a GPU, else 0
     channels_last: bool    # memory format of images and weights
     compile: bool          # torch.compile the classifier
     epsilon: float         # added inside the logarithms; 0 = exact
@@ -156,7 +156,7 @@ TRAINING = (
     _s('weight_decay', 'paper 6.1: none', 0.0),
     _s('early_stop', 'paper 6.1: all epochs, the best by validation mAP', 'none'),
     _s('precision', _OURS + ': glyphs in half the time, see the page on speed', *['no'] * 4, 'bf16'),
-    _s('workers', _OURS + ': glyphs decode faster than a process starts', 2, 2, 2, 2, 0),
+    _s('workers', _OURS + ', see the page on speed', -1, -1, -1, -1, 0),
     _s('channels_last', _OURS + ': as precision', *[False] * 4, True),
     _s('compile', _OURS, False),
     _s('epsilon', 'paper eq. 1-3: none', 0.0),
@@ -324,7 +324,7 @@ FIDELITIES = ('paper', 'released')
 _CHOICES = dict(optimizer=('adam', 'adamax', 'sgd'), early_stop=('none', 'aevlp', 'gr', 'em', 'll'), precision=('no', 'bf16', 'fp16'),
                 v4=('clip', 'constant'), regulariser_over=('set', 'batch'), negative_rule=('percentile', 'floor'), negatives_as=(-1, 0),
                 augment=('weak', 'flip', 'none'), clip_norm=('clip', 'imagenet'))
-_AT_LEAST = dict(epochs=1, batch_size=1, image_size=1, grid=1, top_k=0, workers=0, overlap=0, eta=0, noise_layers=1, mime_samples=1,
+_AT_LEAST = dict(epochs=1, batch_size=1, image_size=1, grid=1, top_k=0, workers=-1, overlap=0, eta=0, noise_layers=1, mime_samples=1,
                  random_positives=0, lr=0, head_lr=0, ll_delta=0, neighbours=0, expected_positives=0)
 _ABOVE_0 = ('temperature', 'vlpl_temperature', 'q1', 'q2', 'sigma0', 'sigmaT')
 _UNIT = ('q3', 'negative_ratio', 'global_threshold', 'local_threshold', 'smoothing', 'vlpl_threshold', 'mime_threshold')
@@ -355,6 +355,7 @@ def _check(key, value):
 
 # %% ../nbs/09_recipes.ipynb #e29e8b1a
 ALIASES = {'aevlp': 'gpr+damp', 'an-pl': 'bce+none'}
+_SMALL_MIME = dict(mime_width=256, mime_ffn=1024, mime_z=64)  # VOC's transformer has 150 million weights
 
 def _names(method):
     "The names by which settings may know a method: itself, its loss, '+' and its labeler"
@@ -369,7 +370,7 @@ def _resolve(dataset, method, fidelity):
     for s in SETTINGS:
         if s.applies(names, fidelity) and s.values[column] is not None:
             out[s.field] = (s.values[column], s.source if known else 'as VOC: ' + s.source)
-    return out
+    return out if known else out | {k: (v, _OURS + ': small, for a set of unknown size') for k, v in _SMALL_MIME.items()}
 
 def estimates(data):  # a `LabelledImages`
     "What a data set without published values says itself: positives per image of its fully labelled validation split"

@@ -159,7 +159,7 @@ class Pictures:
     def __init__(
         self,
         data: LabelledImages,
-        workers: int = 0,  # processes that decode
+        workers: int = 0,  # processes that decode; 0: threads of this one
         pin_memory: bool = False,  # for faster copies to a GPU
         limit: int = CACHE_BYTES,  # bytes; 0 keeps nothing
     ):
@@ -243,6 +243,13 @@ def _autocast(recipe, device):
     return torch.autocast(torch.device(device).type, dtype=kind, enabled=kind is not None)
 
 
+def _processes(recipe, device):
+    "Decoding processes: beside a GPU, where the CPU has nothing else to do."
+    if recipe.workers >= 0:
+        return recipe.workers
+    return min(4, os.cpu_count() or 1) if torch.device(device).type == "cuda" else 0
+
+
 @torch.no_grad()
 def predict(
     model,  # a classifier of `models`, on `device`
@@ -253,7 +260,7 @@ def predict(
     pictures: Pictures | None = None,  # those of an earlier call, to decode nothing twice
 ) -> torch.Tensor:  # (n, C) float32 in [0, 1], on the device
     "Probabilities of the pictures `ids`, in their order."
-    pictures = pictures or Pictures(data, recipe.workers, limit=0)
+    pictures = pictures or Pictures(data, _processes(recipe, device), limit=0)
     parts = np.split(np.asarray(ids, np.int64), range(EVALUATION_BATCH, len(ids), EVALUATION_BATCH))
     training, out = model.training, [torch.empty(0, len(data.class_names), device=device)]
     model.eval()
@@ -344,7 +351,7 @@ def build(self: Training):
     optimizer = OPTIMIZERS[recipe.optimizer](groups + self.objective.param_groups(recipe.lr))
     self.model, self.optimizer = self.accelerator.prepare(self.net, optimizer)
     self.meter, self.labelled = PseudoLabelMeter(truth, self.observed.cpu()), type(self.labeler) is not Labeler
-    self.pictures = Pictures(data, recipe.workers, pin_memory=self.device.type == "cuda")
+    self.pictures = Pictures(data, _processes(recipe, self.device), pin_memory=self.device.type == "cuda")
     self.row_of = np.full(len(data), -1)
     self.row_of[train] = np.arange(len(train))
     self.recent, self.window = [], 1 if self.device.type == "cpu" else 16

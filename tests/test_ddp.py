@@ -11,10 +11,12 @@ import tiny
 import torch
 from safetensors.torch import load_file
 
+from aevlp.bank import verify
 from aevlp.train import shard
 
-# The k-th largest loss of the batch with GPR's squared mean; a trainable table beside the classifier; labels per image.
-METHODS = ("gpr+ll-ct", "role", "bce+random")
+# The k-th largest loss of the batch with GPR's squared mean; a trainable table beside the classifier; labels per image;
+# CLIP's views through a bank that all ranks fill.
+METHODS = ("gpr+ll-ct", "role", "bce+random", "aevlp")
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +30,7 @@ def runs(tmp_path_factory):
     both = subprocess.Popen(torchrun + script, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
         for method in METHODS:
-            tiny.train(one / method, method, data, tiny.EXACT)
+            tiny.train(one / method, method, data, tiny.EXACT, one / "banks")
         output = both.communicate(timeout=300)[0]
     finally:
         both.kill()
@@ -56,7 +58,18 @@ def column(history, i):
 
 def test_pseudo_labels_were_compared(runs):
     one, _ = runs
-    assert all(tiny.result(one / m)[3] for m in ("gpr+ll-ct", "bce+random"))
+    assert all(tiny.result(one / m)[3] for m in ("gpr+ll-ct", "bce+random", "aevlp"))
+
+
+def test_the_ranks_fill_one_bank_together(runs):
+    """Each rank encodes its own rows; the padded rows of the last batch are those of the other ranks once more."""
+    (bank,), (bank2,) = (list((r / "banks").iterdir()) for r in runs)
+    assert bank.name == bank2.name
+    for root, folder in zip(runs, (bank, bank2), strict=True):
+        assert verify(folder.name, root / "banks").state.tolist() == ["complete", "complete"]
+    for epoch in (1, 2):
+        rows, rows2 = (np.fromfile(b / f"epoch_{epoch:03d}.f16", np.float16).astype(float) for b in (bank, bank2))
+        np.testing.assert_allclose(rows, rows2, atol=2e-3)  # CLIP sees other batches of views
 
 
 def test_shards_cover_each_batch_and_are_equally_long():

@@ -13,6 +13,7 @@ from torch import nn
 from aevlp.data import AevlpError
 from aevlp.models import BACKBONES, HEADS, BoostHead, Output, build_model, logits_of, read_weights, sine_positions
 from aevlp.recipes import recipe
+from aevlp.vlm import load_clip
 
 TINY = recipe("glyphs", "aevlp", backbone="resnet10t", backbone_weights="none", image_size=64)
 
@@ -73,6 +74,22 @@ def test_clip_tower(tmp_path):
     assert model.head.in_features == 24 and model(images()).shape == (2, 5)
     with pytest.raises(AevlpError, match="gives no map"):
         build("boostlu", backbone="clip:tiny-tower")
+
+
+def test_clip_tower_has_the_weights_and_the_activation_of_its_clip(monkeypatch):
+    shipped = load_clip("glyphs-clip")
+    tower = build(backbone="clip:glyphs-clip", backbone_weights="shipped", image_size=shipped.image_size).backbone.net
+    expected = shipped.model.visual.state_dict()
+    assert tower.state_dict().keys() == expected.keys()
+    assert all(torch.equal(v, expected[k]) for k, v in tower.state_dict().items())
+
+    create, given = open_clip.create_model, {}
+    monkeypatch.setattr(
+        open_clip, "create_model", lambda name, **kw: given.update(kw) or create(name, **kw | {"pretrained": None})
+    )
+    model = build(backbone="clip:ViT-B-32", backbone_weights="hub", image_size=224)
+    assert given["pretrained"] == "openai"
+    assert any(type(m).__name__ == "QuickGELU" for m in model.backbone.modules())
 
 
 def test_boost_multiplies_positive_activations_only():
@@ -164,7 +181,7 @@ def test_hostile_and_broken_files_are_not_opened(tmp_path, capsys):
 def test_unknown_names_and_no_network(monkeypatch):
     with pytest.raises(AevlpError, match="backbone 'resnet51' cannot be built"):
         build(backbone="resnet51")
-    with pytest.raises(AevlpError, match="clip:ViT-Z cannot|clip:ViT-Z' cannot"):
+    with pytest.raises(AevlpError, match="no model called 'ViT-Z'; the nearest is 'ViT-"):
         build(backbone="clip:ViT-Z")
     with pytest.raises(AevlpError, match="head 'round' should be one of"):
         build("round")

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from sklearn.metrics import average_precision_score
 
-from aevlp import train
+from aevlp import train, vlm
 from aevlp.data import AevlpError, decode, epoch_order, replacing
 from aevlp.labelers import LABELERS
 from aevlp.methods import METHODS
@@ -188,6 +188,37 @@ def test_a_loss_that_is_not_finite_stops_the_run(data, run, tmp_path, monkeypatc
     assert load_file(left / "weights.safetensors").keys() == load_file(run / "best.safetensors").keys()
     tiny.train(tmp_path / "run", "gpr+random", data)  # the cause is gone: on from the checkpoint before it
     assert tiny.result(tmp_path / "run")[:4] == tiny.result(run)[:4]
+
+
+@pytest.fixture
+def encoded(monkeypatch):
+    """How many views CLIP's image tower has been shown."""
+    seen, encode = [], vlm.Clip.encode_images
+    monkeypatch.setattr(vlm.Clip, "encode_images", lambda self, x: seen.append(len(x)) or encode(self, x))
+    return seen
+
+
+def test_with_and_without_a_bank(data, tmp_path, encoded):
+    with_bank, without = (
+        tiny.train(tmp_path / f"run {i}", "aevlp", data, {"epochs": 2}, bank=b)
+        for i, b in enumerate((tmp_path / "banks", False))
+    )
+    assert sum(encoded) == 2 * 2 * 60 * 5  # runs, epochs, images, views
+    assert with_bank["test_map"] == pytest.approx(without["test_map"], abs=0.1)
+    for epoch in (1, 2):
+        a, b = (np.load(tmp_path / f"run {i}" / f"pseudo/epoch_{epoch:02d}.npz")["pseudo"] for i in (0, 1))
+        assert (a == b).mean() >= 0.999 and len(np.unique(a)) == 3
+
+
+def test_a_sweep_of_ten_ratios_calls_clip_for_one(data, tmp_path, encoded):
+    ratios = [i / 20 for i in range(10)]
+    negatives = []
+    for i, ratio in enumerate(ratios):
+        given = {"negative_ratio": ratio, "epochs": 1}
+        tiny.train(tmp_path / f"run {i}", "aevlp", data, given, bank=tmp_path / "banks")
+        negatives.append(int((np.load(tmp_path / f"run {i}/pseudo/epoch_01.npz")["pseudo"] == -1).sum()))
+    assert sum(encoded) == 60 * 5
+    assert negatives == sorted(negatives) and negatives[0] < negatives[-1]
 
 
 def test_early_stop(data, tmp_path):

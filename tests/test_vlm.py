@@ -62,10 +62,10 @@ def test_bf16_is_near(weights, clip):
 
 
 def test_openais_weights_get_their_activation():
-    assert vlm._weights_of("ViT-B-16", "openai")["force_quick_gelu"]
-    assert vlm._weights_of("ViT-L-14-336", "openai")["force_quick_gelu"]
-    assert not vlm._weights_of("ViT-B-16", "laion2b_s34b_b88k")["force_quick_gelu"]
-    given = vlm._weights_of("RN50", "openai") | dict(pretrained=None, load_weights=False)
+    assert vlm.weights_of("ViT-B-16", "openai")["force_quick_gelu"]
+    assert vlm.weights_of("ViT-L-14-336", "openai")["force_quick_gelu"]
+    assert not vlm.weights_of("ViT-B-16", "laion2b_s34b_b88k")["force_quick_gelu"]
+    given = vlm.weights_of("RN50", "openai") | dict(pretrained=None, load_weights=False)
     model = open_clip.create_model("RN50", **given)
     assert type(model.transformer.resblocks[0].mlp[1]).__name__ == "QuickGELU"
 

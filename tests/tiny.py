@@ -24,6 +24,15 @@ COLOURS = ((220, 60, 50), (60, 170, 80), (60, 90, 210), (230, 180, 40), (150, 60
 # No batch normalisation, whose statistics are those of a rank's own rows;
 # no Adam, to which the scale of a gradient is nothing.
 EXACT = {"backbone": "test_convnext", "epochs": 2, "optimizer": "sgd", "lr": 0.05, "head_lr": 0.1}
+CLIP = {
+    "clip": "glyphs-clip",
+    "clip_weights": "",
+    "temperature": 0.05,
+    "grid": 2,
+    "top_k": 2,
+    "global_threshold": 0.2,
+    "negative_ratio": 0.2,
+}
 TIMES = ("seconds", "images_per_second")
 
 
@@ -74,10 +83,9 @@ def result(run):
     )
 
 
-def train(run, method, data, overrides=None, **kwargs):
-    return fit(
-        data, method, small(method, **overrides or {}), 0, run, device="cpu", bank=False, progress=False, **kwargs
-    )
+def train(run, method, data, overrides=None, bank=False, **kwargs):
+    given = (CLIP if method == "aevlp" else {}) | (overrides or {})
+    return fit(data, method, small(method, **given), 0, run, device="cpu", bank=bank, progress=False, **kwargs)
 
 
 def die_at_sync(count):
@@ -156,4 +164,6 @@ if __name__ == "__main__":
     else:
         torch.set_num_threads(1)
         for method in rest:
-            train(Path(folder) / method, method, shapes(Path(folder) / "pictures", n=118), EXACT)
+            train(
+                Path(folder) / method, method, shapes(Path(folder) / "pictures", n=118), EXACT, Path(folder) / "banks"
+            )
