@@ -91,8 +91,10 @@ def parameter_table(symbol):
         rows.append([title, kind, usual, doc["docment"]])
     if not rows:
         return ""
-    head = ["parameter", "type", "default", "meaning"]
-    return "\n".join("| " + " | ".join(c.replace("|", "\\|") for c in row) + " |" for row in [head, ["--"] * 4, *rows])
+    columns = zip(["parameter", "type", "default", "meaning"], *rows, strict=True)
+    head, *rows = zip(*(c for c in columns if any(c[1:])), strict=True)  # without empty columns
+    lines = [head, ["--"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(c.replace("|", "\\|") for c in row) + " |" for row in lines)
 
 
 def page_name(path):
@@ -133,6 +135,7 @@ def site_notebook(path, lookup):
             if source or cell.outputs:
                 cells.append(cell)
     nb.cells = cells
+    nb.metadata.pop("widgets", None)  # the state of progress bars
     nb.metadata["language_info"] = {"name": "python", "pygments_lexer": "ipython3"}
     return nb
 
@@ -164,25 +167,19 @@ def readme(out):
 
 
 def vendor(static):
-    "MathJax and the widgets' page manager beside the pages, so that the site works offline; needs npm."
+    "MathJax beside the pages, so that the site works offline; needs npm."
     if not shutil.which("npm"):
-        print("npm is not installed: formulas and widgets will be loaded from the network")
+        print("npm is not installed: formulas will be loaded from the network")
         return False
-    packages = {
-        "mathjax@3.2.2": "mathjax/es5",
-        "@jupyter-widgets/html-manager@1.0.15": "@jupyter-widgets/html-manager/dist",
-    }
     cache = BUILD / "npm"
-    if not all((cache / "node_modules" / p).exists() for p in packages.values()):
+    mathjax = cache / "node_modules/mathjax/es5"
+    if not mathjax.exists():
         cache.mkdir(parents=True, exist_ok=True)
-        install = ["npm", "install", "--silent", "--no-audit", "--no-fund", "--prefix", cache, *packages]
+        install = ["npm", "install", "--silent", "--no-audit", "--no-fund", "--prefix", cache, "mathjax@3.2.2"]
         if subprocess.run(install, stdout=subprocess.DEVNULL).returncode:
-            print("npm could not install MathJax and the widgets' manager: they will be loaded from the network")
+            print("npm could not install MathJax: formulas will be loaded from the network")
             return False
-    static.mkdir(parents=True, exist_ok=True)
-    modules = cache / "node_modules"
-    shutil.copytree(modules / "mathjax/es5", static / "mathjax", dirs_exist_ok=True)
-    shutil.copy(modules / "@jupyter-widgets/html-manager/dist/embed-amd.js", static)
+    shutil.copytree(mathjax, static / "mathjax", dirs_exist_ok=True)
     return True
 
 

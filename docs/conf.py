@@ -14,6 +14,8 @@ exclude_patterns = ["figures"]
 
 nb_execution_mode = "off"
 nb_merge_streams = True
+nb_render_markdown_format = "gfm"  # tables
+nb_ipywidgets_js = {}  # no page shows a live widget
 myst_enable_extensions = ["attrs_inline", "dollarmath", "amsmath", "colon_fence"]
 myst_heading_anchors = 4
 suppress_warnings = ["myst.header", "mystnb.unknown_mime_type"]
@@ -21,10 +23,10 @@ suppress_warnings = ["myst.header", "mystnb.unknown_mime_type"]
 html_theme = "sphinx_book_theme"
 html_static_path = ["static"]
 html_css_files = ["aevlp.css"]
+html_context = {"default_mode": "auto"}
 html_theme_options = {"navbar_persistent": [], "show_toc_level": 2, "home_page_in_toc": True}
 html_show_sourcelink = False
 html_copy_source = False
 
 if offline:
     mathjax_path = "mathjax/tex-chtml-full.js"
-    nb_ipywidgets_js = {"embed-amd.js": {}}
