@@ -9,6 +9,7 @@ __all__ = ['app', 'data_app', 'bank_app', 'Dataset', 'Root', 'Csv', 'Seeds', 'Se
            'export', 'card', 'lab', 'voila', 'main']
 
 # %% ../nbs/17_cli.ipynb #ac8d8126
+import json
 import os
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Annotated, Optional
 import typer
 
 # %% ../nbs/17_cli.ipynb #68bc1cd1
-app = typer.Typer(name="aevlp", no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False,
+app = typer.Typer(name="aevlp", no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False,
                   context_settings={"help_option_names": ["-h", "--help"]},
                   help="Learn multi-label image classifiers from one positive label per image.")
 data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look at a data set, or download it.")
@@ -46,9 +47,9 @@ def _show(table, as_json, index=True):
     else:
         typer.echo(table.to_string(index=index, na_rep="–", max_colwidth=100) if len(table) else "nothing")
 
-
+# %% ../nbs/17_cli.ipynb #c1f0a2b4
 Dataset = Annotated[str, typer.Option(help="glyphs, voc, coco, nus, cub, npy or csv.")]
-Root = Annotated[Optional[Path], typer.Option(help="Folder of the data set.")]
+Root = Annotated[Optional[Path], typer.Option(help="Folder of the data set, for voc the one that holds VOCdevkit.")]
 Csv = Annotated[Optional[Path], typer.Option(help="Labels of your own pictures.")]
 Seeds = Annotated[Optional[str], typer.Option(help="Such as 0,1,2.")]
 Set = Annotated[Optional[list[str]], typer.Option("--set", "-s", help="key=value of the recipe; again for more.")]
@@ -73,7 +74,7 @@ def demo(seeds: Annotated[int, typer.Option(min=1, help="How many.")] = 1, worke
     results.demo(seeds, workers)
 
 
-@app.command(epilog=_example("train --method aevlp --seed 1 --set grid=3", "train --dataset voc --root VOCdevkit --method gr",
+@app.command(epilog=_example("train --method aevlp --seed 1 --set grid=3", "train --dataset voc --root DIR --method gr",
                              "train --tracker tensorboard"))
 def train(method: Annotated[str, typer.Option(help="See `aevlp methods`.")] = "aevlp", dataset: Dataset = "glyphs",
           seed: Annotated[int, typer.Option(min=0)] = 0, root: Root = None, csv: Csv = None, fidelity: Fidelity = "paper",
@@ -88,7 +89,7 @@ def train(method: Annotated[str, typer.Option(help="See `aevlp methods`.")] = "a
     typer.echo(folder)
 
 
-@app.command(epilog=_example("sweep table1", "sweep table5 --dataset voc --root VOCdevkit --dry-run", "sweep my.yaml"))
+@app.command(epilog=_example("sweep table1", "sweep table5 --dataset voc --root DIR --dry-run", "sweep my.yaml"))
 def sweep(spec: Annotated[str, typer.Argument(help="A YAML file, or table1 … table6, figure2, figure3.")],
           dataset: Annotated[Optional[str], typer.Option(help="Instead of those in the file.")] = None, root: Root = None,
           csv: Csv = None, seeds: Seeds = None, set_: Set = None, workers: Workers = None,
@@ -125,7 +126,7 @@ def results(dataset: Annotated[Optional[str], typer.Option(help="Only this data 
     _show(shown, as_json, index=False)
 
 
-@app.command(epilog=_example("report table1", "report table1 --dataset voc --root VOCdevkit"))
+@app.command(epilog=_example("report table1", "report table1 --dataset voc --root DIR"))
 def report(spec: Annotated[str, typer.Argument(help="A YAML file, or the name of a shipped sweep.")],
            dataset: Annotated[Optional[str], typer.Option(help="Instead of those in the file.")] = None, root: Root = None,
            csv: Csv = None, seeds: Seeds = None, out: Annotated[Optional[Path], typer.Option(help="The page.")] = None):
@@ -134,7 +135,7 @@ def report(spec: Annotated[str, typer.Argument(help="A YAML file, or the name of
     typer.echo(results.report(spec, dataset, root, csv, _numbers(seeds), out=out))
 
 
-@app.command(epilog=_example("figure figure2", "figure table1 --dataset voc"))
+@app.command(epilog=_example("figure figure2", "figure table1 --dataset voc --root DIR"))
 def figure(name: Annotated[str, typer.Argument(help="figure2, figure3, damp_quality, table1 … table6.")],
            dataset: Dataset = "glyphs", root: Root = None, csv: Csv = None, seeds: Seeds = None):
     "Make a figure or a table from the runs that are there."
@@ -162,8 +163,9 @@ def recipe(dataset: Annotated[str, typer.Argument()] = "glyphs", method: Annotat
     _show(table, as_json)
 
 
-@data_app.command("check", epilog=_example("data check voc --root VOCdevkit"))
-def data_check(name: str, root: Root = None, csv: Csv = None, as_json: Json = False):
+@data_app.command("check", epilog=_example("data check voc --root DIR"))
+def data_check(name: Annotated[str, typer.Argument(help="glyphs, voc, coco, nus, cub, npy or csv.")],
+               root: Root = None, csv: Csv = None, as_json: Json = False):
     "What is found beside what is expected."
     from aevlp import benchmarks
     found = benchmarks.check(name, root, **({"csv": csv} if csv else {}))
@@ -172,11 +174,12 @@ def data_check(name: str, root: Root = None, csv: Csv = None, as_json: Json = Fa
         raise typer.Exit(1)
 
 
-@data_app.command("fetch", epilog=_example("data fetch voc --root VOCdevkit"))
-def data_fetch(name: str, root: Root = None):
+@data_app.command("fetch", epilog=_example("data fetch voc --root DIR"))
+def data_fetch(name: Annotated[str, typer.Argument(help="voc, coco or cub; nus says what to ask for.")],
+               root: Root = None, as_json: Json = False):
     "Download what is public, resumed and checked."
     from aevlp import benchmarks
-    typer.echo(benchmarks.fetch(name, root))
+    _show(benchmarks.fetch(name, root), as_json)
 
 # %% ../nbs/17_cli.ipynb #66977c7c
 @bank_app.command("ls", epilog=_example("bank ls"))
@@ -187,10 +190,13 @@ def bank_ls(as_json: Json = False):
 
 
 @bank_app.command("verify", epilog=_example("bank verify NAME"))
-def bank_verify(name: str):
+def bank_verify(name: str, as_json: Json = False):
     "Read a bank and compare its hashes."
     from aevlp import bank
-    _show(bank.verify(name), False)
+    epochs = bank.verify(name)
+    _show(epochs, as_json, index=False)
+    if (epochs.state == "damaged").any():
+        raise typer.Exit(1)
 
 
 @bank_app.command("rm", epilog=_example("bank rm NAME"))
@@ -217,13 +223,13 @@ def predict(run: Run, images: Annotated[list[Path], typer.Argument(help="Files a
 @app.command(epilog=_example("export glyphs-aevlp-s0 --onnx"))
 def export(run: Run, onnx: Annotated[bool, typer.Option("--onnx")] = False,
            torchscript: Annotated[bool, typer.Option("--torchscript")] = False,
-           out: Annotated[Optional[Path], typer.Option(help="Default: in the run's folder.")] = None):
+           out: Annotated[Optional[Path], typer.Option(help="Default: in the run's folder.")] = None, as_json: Json = False):
     "A model file for other programs, checked against PyTorch."
     if onnx == torchscript:
         raise typer.BadParameter("give either --onnx or --torchscript")
     from aevlp import deploy
     made = deploy.export(run, "onnx" if onnx else "torchscript", out)
-    typer.echo(f"{made['path']}  (differs from PyTorch by at most {made['difference']:.1e} on random input)")
+    typer.echo(json.dumps(made) if as_json else f"{made['path']}  (differs from PyTorch by at most {made['difference']:.1e} on random input)")
 
 
 @app.command(epilog=_example("card glyphs-aevlp-s0"))
@@ -283,7 +289,7 @@ def _serve(kind, notebook, port, browser):
         server.wait()
     raise typer.Exit(1 if code else 0)
 
-
+# %% ../nbs/17_cli.ipynb #5d20c7e1
 def _top(notebook):
     "The folder that JupyterLab shows: the checkout or the current one, where the notebook is below it."
     from aevlp import runs
