@@ -205,7 +205,8 @@ def toc(pages):
 
 def site(strict):
     source, html = BUILD / "source", BUILD / "html"
-    shutil.rmtree(source, ignore_errors=True)
+    for old in (source, html):
+        shutil.rmtree(old, ignore_errors=True)
     shutil.copytree(ROOT / "figures", source / "figures")
     pages = sorted(p for p in NBS.rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
     lookup = NbdevLookup()

@@ -25,6 +25,7 @@ html_static_path = ["static"]
 html_css_files = ["aevlp.css"]
 html_context = {"default_mode": "auto"}
 html_theme_options = {"navbar_persistent": [], "show_toc_level": 2, "home_page_in_toc": True}
+html_use_index = False  # the pages are their own index
 html_show_sourcelink = False
 html_copy_source = False
 
