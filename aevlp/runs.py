@@ -194,10 +194,16 @@ def provenance() -> dict:
 @lru_cache
 def _engine() -> str:
     "Register our papermill engine, and give its name; papermill takes seconds to import, so only now."
+    from jupyter_client import AsyncKernelManager
     from papermill.clientwrap import PapermillNotebookClient
     from papermill.engines import NBClientEngine, papermill_engines
     from papermill.log import logger
     from traitlets.config import Config
+
+    class Manager(AsyncKernelManager):
+        async def _async_interrupt_kernel(self):  # not before the request to end: a kernel busy with its last answer prints it
+            if not self.shutting_down:
+                await super()._async_interrupt_kernel()
 
     class Client(PapermillNotebookClient):
         def start_new_kernel(self, **kwargs):
@@ -218,7 +224,7 @@ def _engine() -> str:
             with tempfile.TemporaryDirectory(prefix="aevlp-") as private:  # sockets that only this user can open
                 sockets = Config({"KernelManager": {"transport": "ipc", "ip": f"{private}/kernel"}})
                 client = Client(nb_man, kernel_name=kernel_name, startup_timeout=300, iopub_timeout=120, log=logger,
-                                config=sockets)
+                                kernel_manager_class=Manager, config=sockets)
                 try:
                     client.execute()
                 finally:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import nbformat
 import numpy as np
 import pandas as pd
 import pytest
@@ -112,6 +113,20 @@ def test_one_run_is_made_once_goes_on_after_a_kill_and_is_made_again_on_demand(t
     runs.train(params, tmp_path, notebook=notebook, force=True)
     assert len(begun(tmp_path)[folder.name]) == 1 and not (folder / "last").exists(), "force starts from nothing"
     assert not any(alive(pid) for pid in begun(tmp_path)[folder.name])
+
+
+def test_the_end_of_a_kernel_prints_nothing(tmp_path, capfd):
+    """Even where the kernel is still busy with its last answer, and an interrupt would hit that."""
+    notebook, params = fake_notebook(tmp_path), runs.run_params("glyphs", "gr")
+    cells = nbformat.read(notebook, 4)
+    busy = "handlers = get_ipython().kernel.shell_handlers; answer = handlers['kernel_info_request']"
+    busy += "\nasync def slow(*given): await answer(*given); time.sleep(2)"
+    busy += "\nhandlers['kernel_info_request'] = slow"
+    cells.cells.append(nbformat.v4.new_code_cell(busy))
+    nbformat.write(cells, notebook)
+    assert runs.attempt(params, tmp_path, notebook)["state"] == "done"
+    assert capfd.readouterr() == ("", "")
+    assert not any(alive(pid) for pids in begun(tmp_path).values() for pid in pids)
 
 
 def test_a_failed_run_says_why(tmp_path):
