@@ -1,7 +1,7 @@
 """Decoding, 1 + g x g views at 224 and the classifier's input at 448, until the tensors are ready for the models.
 
-On the CPU, aevlp decodes in the training process: its threads make the views, and a picture that comes from
-another process costs as much again as its decoding.
+On the CPU, aevlp decodes in threads of the training process: a picture that comes from another process costs as
+much again as its decoding.
 """
 
 import resource

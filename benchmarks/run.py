@@ -19,6 +19,7 @@ import growth
 import loader
 import pandas as pd
 import step
+import student
 import torch
 from common import cpu_name
 
@@ -32,9 +33,9 @@ def main():
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     logging.disable(logging.WARNING)  # open_clip says that weights are random
-    parts = [evaluation.measure, lambda: loader.measure(workers=args.threads), bank_step.measure]
+    parts = [evaluation.measure, lambda: loader.measure(workers=args.threads), bank_step.measure, student.measure_small]
     if not args.quick:
-        parts += [step.measure, lambda: step.measure("cub", 312, 1.2)]
+        parts += [student.measure, step.measure, lambda: step.measure("cub", 312, 1.2)]
     rows = []
     for part in parts:
         rows += part()

@@ -30,19 +30,19 @@ def random_clip(device, precision="fp32", name="ViT-B-16"):
 
 
 class Student:
-    """ResNet-50 at 448 with its optimiser."""
+    """A classifier with its optimiser."""
 
-    def __init__(self, classes, device, fast=False, compiled=False):
+    def __init__(self, classes, device, bf16=False, channels_last=False, compiled=False, name="resnet50"):
         torch.manual_seed(0)
-        kind = torch.channels_last if fast else torch.contiguous_format
-        self.net = timm.create_model("resnet50", num_classes=classes).to(device, memory_format=kind).train()
+        kind = torch.channels_last if channels_last else torch.contiguous_format
+        self.net = timm.create_model(name, num_classes=classes).to(device, memory_format=kind).train()
         self.forward = torch.compile(self.net) if compiled else self.net
-        fused = fast and torch.device(device).type == "cuda"
+        fused = bf16 and torch.device(device).type == "cuda"
         self.optimizer = torch.optim.Adam(self.net.parameters(), lr=1e-5, fused=fused)
-        self.device, self.kind, self.fast = torch.device(device), kind, fast
+        self.device, self.kind, self.bf16 = torch.device(device), kind, bf16
 
     def logits(self, x):
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.fast):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             return self.forward(x.to(memory_format=self.kind)).float()
 
     def update(self, loss):
@@ -84,7 +84,7 @@ class Ours:
 
     def __init__(self, data, r, device, workers, clip=None, bank=None, fast=False, compiled=False):
         self.data, self.recipe, self.device, self.workers = data, r, torch.device(device), workers
-        self.student = Student(len(data.class_names), device, fast, compiled)
+        self.student = Student(len(data.class_names), device, fast, fast, compiled)
         self.observed = torch.from_numpy(data.observed).to(device)
         if clip is not None:
             views = view_settings(r, clip)
