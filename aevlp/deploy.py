@@ -81,7 +81,7 @@ def _pictures(images) -> list:
         raise AevlpError("no picture was given")
     return [p.absolute() for p in found]
 
-
+# %% ../nbs/15c_deploy.ipynb #b2f4a9c8
 def predict(
     run,  # folder, name, or beginning of a name
     images,  # files and folders
@@ -103,7 +103,7 @@ def predict(
     return pd.concat([pd.DataFrame({"image": [str(p) for p in paths], "labels": labels}),
                       pd.DataFrame(probs, columns=list(names))], axis=1)
 
-
+# %% ../nbs/15c_deploy.ipynb #6e0b7c3d
 def save_predictions(
     table: pd.DataFrame,  # of `predict`
     out,  # .csv or .parquet
@@ -125,7 +125,7 @@ def grid(
     table: pd.DataFrame,  # of `predict`
     columns: int = 4,
 ):
-    "Pictures with their labels, most probable first."
+    "Pictures with their file names and labels, the most probable four first."
     rows = -(-len(table) // columns)
     with plots.style(**{"axes.titlesize": 9}):
         figure, axes = plots.canvas(rows, columns, (2.4 * columns, 2.7 * rows), squeeze=False)
@@ -134,8 +134,11 @@ def grid(
         for ax, (_, row) in zip(axes.flat, table.iterrows(), strict=False):
             ax.imshow(decode(row.image))
             sure = row.drop(["image", "labels"]).astype(float)
-            given = [n for n in row.labels.split("; ") if n]
-            ax.set_title("\n".join(f"{n} {sure[n]:.2f}" for n in sorted(given, key=lambda n: -sure[n])[:4]) or "no label")
+            given = sorted(filter(None, row.labels.split("; ")), key=lambda n: -sure[n])
+            more = [f"and {len(given) - 4} more"] if len(given) > 4 else []
+            ax.set_title("\n".join([f"{n} {sure[n]:.2f}" for n in given[:4]] + more) or "no label")
+            name = Path(row.image).name
+            ax.text(0.5, -0.02, name if len(name) <= 32 else f"…{name[-31:]}", transform=ax.transAxes, ha="center", va="top", size=7)
     return figure
 
 # %% ../nbs/15c_deploy.ipynb #0d89bfb9
@@ -204,7 +207,7 @@ def export(
     return dict(path=str(out), difference=difference)
 
 # %% ../nbs/15c_deploy.ipynb #204d3d6f
-_CARD = """# {run}
+_ABOUT = """# {run}
 
 A multi-label image classifier of {classes} classes, trained with *{title}* on `{dataset}`.
 
@@ -214,11 +217,21 @@ A multi-label image classifier of {classes} classes, trained with *{title}* on `
 
 Observed labels: {observation}. Images of the training split without any positive: {empty}.
 
+## Use
+
+```sh
+aevlp predict {run} photos/ --out predictions.csv
+aevlp export {run} --onnx
+```
+
 ## Method
 
-{title} ({source}), fidelity `{fidelity}`, seed {seed}. Best epoch {best_epoch} of {epochs_run}, chosen by mAP on the validation split.
+{title}: {source}, tables of *More Reliable Pseudo-labels, Better Performance* (ICCV 2025). Fidelity `{fidelity}`, seed {seed}. Best epoch {best_epoch} of {epochs_run}, chosen by mAP on the validation split.
 Changed from the recipe: {overrides}.
+"""
 
+# %% ../nbs/15c_deploy.ipynb #0ab94d6e
+_RESULTS = """
 ## Results
 
 | | mAP (%){scored} |
@@ -234,7 +247,7 @@ Average precision per class on the test split, percent:
 
 - The classifier knows the {classes} classes above and gives each a probability, whatever the picture shows.
 - {limit}
-- Probabilities are not calibrated; thresholds per class from the validation split are in `thresholds.json` after `aevlp predict`.
+- Probabilities are not calibrated; thresholds per class from the validation split are in `thresholds.json` after the first `aevlp predict`.
 - Weakest classes on the test split: {weakest}.
 
 ## Settings
@@ -244,7 +257,7 @@ Average precision per class on the test split, percent:
 Made with aevlp {version}, commit {commit}, torch {torch}, on {device}, {created}.
 """
 
-
+# %% ../nbs/15c_deploy.ipynb #f7d15a02
 def card(
     run,  # folder, name, or beginning of a name
     out=None,  # default README.md in the run's folder
@@ -258,7 +271,7 @@ def card(
         raise AevlpError(f"run {run.name} is {said['state']}: a card needs its metrics; finish it first")
     params, classes = runs.read_params(run), pd.Series(metrics.get("per_class") or {}, dtype=float)
     out = Path(out or run / "README.md")
-    write_text(out, _CARD.format(**_card_facts(run, params, metrics, classes, said)))
+    write_text(out, (_ABOUT + _RESULTS).format(**_card_facts(run, params, metrics, classes, said)))
     return out
 
 
@@ -266,7 +279,7 @@ def _card_facts(run, params, metrics, classes, said) -> dict:
     "What the card says."
     data, method = runs.load_data(params), methods.get(params["method"])
     number = lambda v: "–" if v is None else f"{v:.2f}"
-    table = lambda frame: frame.to_markdown(floatfmt=".2f")
+    table = lambda frame: frame.astype(object).to_markdown(floatfmt=".2f")  # object: counts stay whole
     limit = ("It saw full labels in training." if method.name == "full" else
              "It learned from incomplete labels: what was never given as a positive it may have learned to miss.")
     return params | dict(
