@@ -6,9 +6,12 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 
 import nbformat
+
+from aevlp.data import write_json
 
 PARAMETERS = "\n".join(
     f"{name} = None" for name in "dataset method seed root csv fidelity observation overrides run_dir".split()
@@ -45,6 +48,21 @@ def fake_notebook(folder, **told) -> str:
     nbformat.write(notebook, path)
     (folder / "told.json").write_text(json.dumps(told))
     return str(path)
+
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def record(test, command="make soak", **measured):
+    """What a soak test measured, in place of what is in benchmarks/soak.json of it."""
+    path = Path(os.environ.get("AEVLP_SOAK_JSON") or ROOT / "benchmarks" / "soak.json")
+    known = json.loads(path.read_text()) if path.exists() else {}
+    device = subprocess.run(["lscpu"], capture_output=True, text=True, check=True).stdout
+    device = next(line.split(":")[1].strip() for line in device.splitlines() if line.startswith("Model name"))
+    about = dict(
+        device=f"{device}, {os.cpu_count()} cores", date=datetime.now(UTC).date().isoformat(), command="make soak"
+    )
+    write_json(path, known | {test: about | measured})
 
 
 def begun(folder) -> dict:

@@ -4,28 +4,119 @@ import hashlib
 import json
 import os
 import pickle
+import random
+import re
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
 import torch
+from fake_run import record
 
+from aevlp.bank import banks, verify
 from aevlp.data import AevlpError
-from aevlp.train import load_checkpoint, save_checkpoint
+from aevlp.train import Training, load_checkpoint, save_checkpoint
+
+# Where a process can be made to die: owner, function, what it was about to do.
+PLACES = {
+    "file": (os, "fsync", "writing "),
+    "bank": (np.memmap, "flush", "between a bank's embeddings and their marks"),
+    "validation": (Training, "score", "in validation"),
+}
 
 
-@pytest.mark.parametrize("kills", [5, pytest.param(20, marks=pytest.mark.slow)])
-def test_kill_9(tmp_path, kills):
-    """Half of the kills at random moments, half in the middle of writing a file."""
-    command = [sys.executable, tiny.__file__, "soak", str(tmp_path), str(kills), "1200"]
+def die_at(place, count, note):
+    """The process ends, as by a power cut, before the `count`-th of something; `note` is a file that says of what."""
+    owner, name, what = PLACES[place]
+    original, calls = getattr(owner, name), iter(range(1, 10**9))
+
+    def called(*given, **named):
+        if next(calls) == count:
+            written = Path(os.readlink(f"/proc/self/fd/{given[0]}")).name if place == "file" else ""
+            note.write_text(what + re.sub(r"^\.|\.\w+\.tmp$", "", written))
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*given, **named)
+
+    setattr(owner, name, called)
+
+
+def embeddings(root):
+    """What is in all banks of a folder: embeddings, and the marks of those that are there."""
+    files = [p for p in sorted(root.glob("*/epoch_*")) if p.suffix in (".f16", ".done")]
+    assert all(set(p.read_bytes()) == {1} for p in files if p.suffix == ".done"), "a bank is not full"
+    return {str(p.relative_to(root)): p.read_bytes() for p in files}
+
+
+def soak(folder, kills, seed, method):
+    """One run left alone and one killed `kills` times; prints where each kill hit, and leaves it in kills.json."""
+    torch.set_num_threads(1)
+    folder, rng, data = Path(folder), random.Random(seed), tiny.shapes(Path(folder) / "pictures", n=80)
+    places = ["file", "moment", "validation", "moment"] + (["bank", "bank"] if method == "aevlp" else [])
+    run, bank, note, start = folder / "killed", folder / "banks", folder / "where", time.monotonic()
+    assert not tiny.killed_after(lambda: tiny.train(folder / "whole", method, data, bank=folder / "whole bank"), 600)
+    whole, where = time.monotonic() - start, []
+    body = lambda: tiny.train(run, method, data, bank=bank, checkpoint_minutes=0)  # noqa: E731  a checkpoint after every step
+
+    def same():
+        assert tiny.result(run) == tiny.result(folder / "whole"), "the killed run ended with other numbers"
+        assert embeddings(bank) == embeddings(folder / "whole bank"), "its bank holds something else"
+
+    while len(where) < kills:
+        place = places[len(where) % len(places)]
+        at = rng.randint(1, {"file": 30, "bank": 4, "validation": 1}.get(place, 1))
+        note.write_text("at any moment")
+        if place == "moment":
+            died = tiny.killed_after(body, rng.uniform(0.05, 0.6) * whole)
+        else:
+            died = tiny.killed_after(lambda place=place, at=at: (die_at(place, at, note), body()), 600)
+        if died:
+            saved = max((p.name for p in (run / "last").glob("epoch-*")), default="nothing")
+            where.append({"kill": note.read_text(), "newest checkpoint": saved})
+            print(f"kill {len(where)}: {place}, {where[-1]}", flush=True)
+        else:  # it had ended: compared, and once more from its beginning
+            same()
+            shutil.rmtree(run)
+            shutil.rmtree(bank, ignore_errors=True)
+    assert not tiny.killed_after(body, 600)
+    same()
+    states = [state for name in (banks(bank).name if bank.exists() else []) for state in verify(name, bank).state]
+    (folder / "kills.json").write_text(json.dumps({"where": where, "bank": states}))
+    print(f"same numbers after {kills} kills", flush=True)
+
+
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("method, kills", [("gpr+random", 4), ("aevlp", 6), pytest.param("aevlp", 20, marks=SLOW)])
+def test_kill_9(tmp_path, method, kills):
+    """At random moments, and while a file, the bank or a validation is half done; `aevlp` fills a bank of CLIP's."""
+    command, start = [sys.executable, __file__, str(tmp_path), str(kills), "1200", method], time.monotonic()
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=600, env=os.environ | {"OMP_NUM_THREADS": "1"}
     )
     print(done.stdout)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
-    assert done.stdout.count(": killed") >= kills - 1
+    killed = json.loads((tmp_path / "kills.json").read_text())
+    assert len(killed["where"]) == kills and "damaged" not in killed["bank"]
+    assert len(killed["bank"]) == (3 if method == "aevlp" else 0)  # one an epoch
+    if kills >= 20:
+        minutes = round((time.monotonic() - start) / 60, 1)
+        record("kills", method=method, kills=kills, equal=True, minutes=minutes, **killed)
+
+
+@pytest.mark.xfail(strict=True, reason="`Bank` seals an epoch only in the `put` that ends it", raises=AssertionError)
+def test_a_bank_that_was_killed_before_its_seal_is_sealed_by_the_next_run(tmp_path):
+    data = tiny.shapes(tmp_path / "pictures", n=80)
+    tiny.train(tmp_path / "first", "aevlp", data, {"epochs": 1}, bank=tmp_path / "banks")
+    next(tmp_path.glob("banks/*/epoch_001.json")).unlink()  # as a kill before it was written leaves the bank
+    tiny.train(tmp_path / "second", "aevlp", data, {"epochs": 1}, bank=tmp_path / "banks")
+    assert verify(banks(tmp_path / "banks").name[0], tmp_path / "banks").state.tolist() == ["complete"]
 
 
 class PowerCut(Exception):
@@ -141,3 +232,8 @@ def test_one_checkpoint_before_the_newest_stays(tmp_path):
     save_checkpoint(tmp_path, "1", {"i": 1})  # after a step back: what came later is not of this attempt
     assert [p.name for p in sorted(Path(tmp_path).iterdir())] == ["1"]
     assert load_checkpoint(tmp_path)[0] == {"i": 1}
+
+
+if __name__ == "__main__":
+    folder, kills, seed, method = sys.argv[1:]
+    soak(folder, int(kills), int(seed), method)
