@@ -2,17 +2,19 @@
 
 import json
 import re
+from functools import partial
 from pathlib import Path
 
 import nbformat
 import numpy as np
 import pandas as pd
 import pytest
+from test_benchmarks import coco_tree, cub_tree, nus_tree, voc_tree
 from test_deploy import SMALL
 from test_runs import finished
-from tiny import shapes
+from tiny import CLIP, shapes
 
-from aevlp import results, runs
+from aevlp import benchmarks, cli, results, runs
 
 FIGURES = ["figure2", "figure3", "damp_quality"]
 TABLES = [f"table{n}" for n in range(1, 7)]
@@ -93,3 +95,37 @@ def test_a_real_run_on_a_folder_and_a_csv(tmp_path):
     row = runs.frame(tmp_path / "runs").iloc[0]
     assert row.state == "done" and 0 < row.test_map <= 100 and row.epochs_run == 2 and row.backbone == "glyphnet"
     assert runs.history(tmp_path / "runs").epoch.tolist() == [1, 2]
+
+
+TREES = {"voc": voc_tree, "coco": coco_tree, "nus": partial(nus_tree, layout="TrainTestLabels"), "cub": cub_tree}
+TINY = SMALL | CLIP | {"backbone": "test_convnext", "batch_size": 8}
+
+
+@pytest.mark.parametrize("dataset", TREES)
+def test_the_command_trains_on_an_official_tree_and_names_what_is_missing_before(
+    dataset, tmp_path, monkeypatch, capsys
+):
+    root = tmp_path / dataset
+    TREES[dataset](root)
+    monkeypatch.setenv("AEVLP_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setenv("AEVLP_HOME", str(tmp_path / "home"))
+    command = ["train", "--dataset", dataset, "--root", str(root), "--method", "aevlp", "--seed", "0"]
+    command += [word for key, value in TINY.items() for word in ("--set", f"{key}={value}")]
+    kept = Path(benchmarks.load(dataset, root=root).paths[0])
+    lost = kept.rename(tmp_path / "lost.jpg")
+    with pytest.raises(SystemExit) as end:
+        cli.main(command)
+    said = capsys.readouterr().err
+    assert end.value.code == 1 and kept.name in said and len(said.strip().splitlines()) == 1, said
+    assert not list((tmp_path / "runs").rglob("history.csv"))
+
+    lost.rename(kept)
+    with pytest.raises(SystemExit) as end:
+        cli.main(command)
+    assert not end.value.code, capsys.readouterr().err
+    row = runs.frame(tmp_path / "runs").query("state == 'done'").iloc[0]
+    assert (row.dataset, row.epochs_run, row.test_map > 0) == (dataset, 1, True)
+    assert [len(list((Path(row.folder) / "pseudo").glob("*.npz"))), Path(row.folder, "best.safetensors").is_file()] == [
+        1,
+        True,
+    ]
