@@ -110,6 +110,15 @@ def relink(text, depth):
     return text
 
 
+def unbroken(outputs):
+    "Outputs whose tables keep a number, its spread and its p-value on one line."
+    for data in (o.data for o in outputs if "data" in o):
+        for kind in data.keys() & {"text/html", "text/markdown"}:
+            text = re.sub(r"(?<=\d) ± ([\d.]+) (?=\()", "\u00a0±\u00a0\\1\u00a0", data[kind])
+            data[kind] = text.replace("(p = ", "(p\u00a0=\u00a0")
+    return outputs
+
+
 def site_notebook(path, lookup):
     "One notebook as the site shows it: title, prose, pictures; exported cells become API entries."
     nb = nbformat.read(path, as_version=4)
@@ -132,6 +141,7 @@ def site_notebook(path, lookup):
                 continue
             cell.source = source
             cell.metadata["tags"] = ["remove-input"] if hidden(found, cell) else []
+            cell.outputs = unbroken(cell.outputs)
             if source or cell.outputs:
                 cells.append(cell)
     nb.cells = cells
