@@ -23,7 +23,7 @@ demo: $(READY)   ## the whole method on the embedded benchmark: pictures in figu
 test: $(READY)   ## every notebook and every test
 	$(BIN)/python -m pytest -n 2 -m "not slow"
 
-soak: $(READY)   ## kill tests and the 200-run sweep
+soak: $(READY)   ## kill tests and the 200-run sweep; their figures in benchmarks/soak.json
 	$(BIN)/python -m pytest -m slow -s
 
 docs: $(READY)   ## the site, in docs/_build/html

@@ -59,9 +59,7 @@ def record(test, command="make soak", **measured):
     known = json.loads(path.read_text()) if path.exists() else {}
     device = subprocess.run(["lscpu"], capture_output=True, text=True, check=True).stdout
     device = next(line.split(":")[1].strip() for line in device.splitlines() if line.startswith("Model name"))
-    about = dict(
-        device=f"{device}, {os.cpu_count()} cores", date=datetime.now(UTC).date().isoformat(), command="make soak"
-    )
+    about = dict(device=f"{device}, {os.cpu_count()} cores", date=datetime.now(UTC).date().isoformat(), command=command)
     write_json(path, known | {test: about | measured})
 
 

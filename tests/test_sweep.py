@@ -13,7 +13,7 @@ import dask
 import psutil
 import pytest
 from distributed import Client, LocalCluster, Security
-from fake_run import Sweep, alive, begun, fake_notebook, states, until
+from fake_run import Sweep, alive, begun, fake_notebook, record, states, until
 
 from aevlp import cli, runs
 from aevlp.data import AevlpError
@@ -168,23 +168,35 @@ def test_200_short_runs_with_workers_killed_at_random(tmp_path):
     n, chance, kills, memory = int(os.environ.get("AEVLP_SOAK_RUNS", 200)), random.Random(0), 0, []
     sweep = Sweep(spec(n), tmp_path, fake_notebook(tmp_path, pause=0.1))
     began = time.monotonic()
+    due = began + chance.uniform(2, 12)
+    watched = psutil.Process(sweep.process.pid)
     while sweep.process.poll() is None:
-        time.sleep(chance.uniform(2, 12))
-        if sweep.process.poll() is None and (now := running(tmp_path)):
+        time.sleep(1)
+        ended = sum(s["state"] == "done" for s in states(tmp_path).values())
+        if alive(sweep.process.pid):
+            memory.append((ended, round(watched.memory_info().rss / 1e6)))
+        if time.monotonic() > due and (now := running(tmp_path)):
+            due = time.monotonic() + chance.uniform(2, 12)
             worker = chance.choice(list(now.values()))["process"]["pid"]
-            memory.append(psutil.Process(sweep.process.pid).memory_info().rss / 1e6)
             if alive(worker):
                 os.kill(worker, signal.SIGKILL)
                 kills += 1
     printed = sweep.end()
-    done = states(tmp_path)
-    begins = sum(len(b) for b in begun(tmp_path).values())
+    minutes = (time.monotonic() - began) / 60
+    done, counts = states(tmp_path), {name: len(pids) for name, pids in begun(tmp_path).items()}
+    reports = printed.count("\ndone  ") + printed.startswith("done  ")
     left = [pid for pids in begun(tmp_path).values() for pid in pids if alive(pid)]
-    print(
-        f"{n} runs, {kills} kills, {begins} begins, {time.monotonic() - began:.0f} s, "
-        f"memory {memory[0]:.0f} to {memory[-1]:.0f} MB"
-    )
-    assert len(done) == n and {s["state"] for s in done.values()} == {"done"}, printed
-    assert printed.count("\ndone  ") + printed.startswith("done  ") == n, "a run was finished twice, or not reported"
-    assert begins <= n + kills and not left
-    assert memory[-1] < 1.2 * memory[len(memory) // 5] + 20
+    complete = sum(s["state"] == "done" for s in done.values())
+    curve = list(dict(m for m in memory if m[1]).items())  # the last measurement at each number of runs
+    share = {f"{q} %": next(mb for ended, mb in curve if ended >= q / 100 * n) for q in (25, 50, 75)}
+    share["100 %"] = curve[-1][1]
+    again = sum(c > 1 for c in counts.values())
+    said = dict(runs=n, complete=complete, twice=reports - complete, lost=n - complete, kills=kills, again=again)
+    said |= dict(minutes=round(minutes, 1), memory=share, curve=curve[:: max(1, len(curve) // 40)])
+    print(said)
+    assert complete == len(done) == n, printed
+    assert reports == n, "a run was finished twice, or not reported"
+    assert sum(counts.values()) <= n + kills and not left
+    assert share["100 %"] < 1.1 * share["25 %"] + 10, "the sweep's memory grows with the runs"
+    fewer = f"AEVLP_SOAK_RUNS={n} " if "AEVLP_SOAK_RUNS" in os.environ else ""
+    record("sweep", command=f"{fewer}make soak", **said)
