@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
@@ -116,6 +117,15 @@ def test_a_run_that_fails_is_exit_code_1_and_one_line(capsys, tmp_path, monkeypa
     assert code == 1 and err.splitlines()[-1].startswith("aevlp: ValueError: seed 4 was told to fail")
     code, out, _ = call(capsys, "train", "--method", "gr", "--seed", "3")
     assert code == 0 and Path(out.splitlines()[-1]).is_dir()
+
+
+@pytest.mark.parametrize("state, expected", [("complete", 0), ("partial", 0), ("damaged", 1)])
+def test_a_damaged_bank_is_exit_code_1(capsys, monkeypatch, state, expected):
+    from aevlp import bank
+
+    monkeypatch.setattr(bank, "verify", lambda name: pd.DataFrame([{"epoch": 1, "state": state}]))
+    code, out, _ = call(capsys, "bank", "verify", "x", "--json")
+    assert (code, json.loads(out)) == (expected, [{"epoch": 1, "state": state}])
 
 
 def test_a_closed_pipe_is_no_error():
