@@ -18,7 +18,14 @@ from typing import Annotated, Optional
 import typer
 
 # %% ../nbs/17_cli.ipynb #68bc1cd1
-app = typer.Typer(name="aevlp", no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False,
+class _Group(typer.core.TyperGroup):
+    "Help that fits a screen: --install-completion and --show-completion work, but are not listed."
+    def get_params(self, ctx):
+        params = super().get_params(ctx)
+        for p in params: p.hidden = p.hidden or p.name.endswith("_completion")
+        return params
+
+app = typer.Typer(name="aevlp", cls=_Group, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False,
                   context_settings={"help_option_names": ["-h", "--help"]},
                   help="Learn multi-label image classifiers from one positive label per image.")
 data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look at a data set, or download it.")

@@ -128,6 +128,15 @@ def test_a_damaged_bank_is_exit_code_1(capsys, monkeypatch, state, expected):
     assert (code, json.loads(out)) == (expected, [{"epoch": 1, "state": state}])
 
 
+def test_the_shell_completes():
+    asked = {"_AEVLP_COMPLETE": "complete_bash", "COMP_WORDS": "aevlp s", "COMP_CWORD": "1"}
+    done = subprocess.run([AEVLP], capture_output=True, text=True, env=os.environ | asked)
+    assert done.stdout.split() == ["sweep"]
+    asked |= {"COMP_WORDS": "aevlp train --me", "COMP_CWORD": "2"}
+    done = subprocess.run([AEVLP], capture_output=True, text=True, env=os.environ | asked)
+    assert done.stdout.split() == ["--method"]
+
+
 def test_a_closed_pipe_is_no_error():
     done = subprocess.run(
         f"set -o pipefail; {AEVLP} recipe | head -1", shell=True, executable="/bin/bash", capture_output=True, text=True
