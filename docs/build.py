@@ -144,6 +144,8 @@ def site_notebook(path, lookup):
             cell.outputs = unbroken(cell.outputs)
             if source or cell.outputs:
                 cells.append(cell)
+            if picture := found.get("screenshot"):  # of widgets, which need a kernel
+                cells.append(nbformat.v4.new_markdown_cell(relink(picture, depth)))
     nb.cells = cells
     nb.metadata.pop("widgets", None)  # the state of progress bars
     nb.metadata["language_info"] = {"name": "python", "pygments_lexer": "ipython3"}
