@@ -25,7 +25,7 @@ def runs(tmp_path_factory):
     one, two = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("two")
     data = tiny.shapes(two / "pictures", n=118)  # 59 for training: the last batch has three rows, for two ranks
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    script = [str(Path(tiny.__file__)), "fit", str(two), *METHODS]
+    script = [str(Path(tiny.__file__)), str(two), *METHODS]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     both = subprocess.Popen(torchrun + script, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:

@@ -1,12 +1,10 @@
 """A tiny training run for the tests that kill processes or start several: coloured shapes and a small network.
 
-`python tiny.py fit FOLDER METHOD ...` is one rank of some runs;
-`python tiny.py soak FOLDER KILLS SEED` kills a run again and again.
+`python tiny.py FOLDER METHOD ...` is one rank of some runs.
 """
 
 import json
 import os
-import random
 import signal
 import sys
 import time
@@ -88,18 +86,6 @@ def train(run, method, data, overrides=None, bank=False, **kwargs):
     return fit(data, method, small(method, **given), 0, run, device="cpu", bank=bank, progress=False, **kwargs)
 
 
-def die_at_sync(count):
-    """The process ends, as by a power cut, before its `count`-th fsync: in the middle of writing something."""
-    fsync, calls = os.fsync, iter(range(1, 10**9))
-
-    def sync(handle):
-        if next(calls) == count:
-            os.kill(os.getpid(), signal.SIGKILL)
-        fsync(handle)
-
-    os.fsync = sync
-
-
 def forked(body):
     """Run `body` in a child; its process id."""
     pid = os.fork()
@@ -133,37 +119,9 @@ def _died(status):
     return False
 
 
-def soak(folder, kills, seed, method="gpr+random"):
-    """One run left alone and one killed `kills` times; prints where each kill hit."""
-    torch.set_num_threads(1)
-    folder, rng, data = Path(folder), random.Random(seed), shapes(Path(folder) / "pictures", n=80)
-    start = time.monotonic()
-    assert not killed_after(lambda: train(folder / "whole", method, data), 600)
-    whole, run, left = time.monotonic() - start, folder / "killed", kills
-    body = lambda: train(run, method, data, checkpoint_minutes=0)  # noqa: E731  a checkpoint after every step
-    while left:
-        if left % 2:  # while something is written
-            at = rng.randint(1, 30)
-            died = killed_after(lambda at=at: (die_at_sync(at), body()), 600)
-        else:  # at any moment
-            died = killed_after(body, rng.uniform(0.05, 0.6) * whole)
-        where = sorted(p.name for p in (run / "last").glob("*")) if (run / "last").exists() else []
-        print(f"kill {kills - left + 1}: {'killed' if died else 'had ended'}, leaving {where}", flush=True)
-        left -= 1
-        if not died:
-            (run / "metrics.json").unlink()  # it had ended: one more, from its beginning
-    assert not killed_after(body, 600)
-    assert result(run) == result(folder / "whole"), "the killed run ended with other numbers"
-    print(f"same numbers after {kills} kills", flush=True)
-
-
 if __name__ == "__main__":
-    task, folder, *rest = sys.argv[1:]
-    if task == "soak":
-        soak(folder, *map(int, rest))
-    else:
-        torch.set_num_threads(1)
-        for method in rest:
-            train(
-                Path(folder) / method, method, shapes(Path(folder) / "pictures", n=118), EXACT, Path(folder) / "banks"
-            )
+    folder, *methods = sys.argv[1:]
+    torch.set_num_threads(1)
+    data = shapes(Path(folder) / "pictures", n=118)
+    for method in methods:
+        train(Path(folder) / method, method, data, EXACT, Path(folder) / "banks")
