@@ -120,7 +120,7 @@ def test_a_model_file_that_differs_is_not_kept(run, tmp_path, monkeypatch):
 def test_the_card_says_what_a_reader_must_know(run):
     text = deploy.card(run).read_text()
     metrics = json.loads((run / "metrics.json").read_text())
-    assert f"| test | {metrics['test_map']:.2f} |" in text and "colour 4" in text and "`backbone=glyphnet`" in text
+    assert f"| test | {metrics['test_map']:.2f} |" in text and "heart" in text and "`backbone=glyphnet`" in text
     assert (
         all(f"## {part}" in text for part in ("Data", "Method", "Results", "Limits", "Settings")) and "{run" not in text
     )
