@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FORMATS', 'MAX_PIXELS', 'OBSERVATIONS', 'AevlpError', 'progress', 'nearest', 'sync', 'replacing', 'write_text',
            'write_json', 'home', 'shipped', 'decode', 'LabelledImages', 'sample_single_positives', 'train_val_split',
-           'observe', 'Images', 'image_loader', 'epoch_order']
+           'observe', 'in_threads', 'Images', 'image_loader', 'epoch_order']
 
 # %% ../nbs/03_data.ipynb #95b4ba74
 import difflib
@@ -19,7 +19,7 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -451,6 +451,25 @@ def observe(
             observed[ids] = _weighted(truth, weights[ids], k, rng)
     return replace(data, observed=observed)
 
+# %% ../nbs/03_data.ipynb #5c1d7e11
+@lru_cache
+def _pool(process, threads):
+    return ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+
+
+def in_threads(
+    function,  # of one item
+    items,
+) -> list:  # of what it returns
+    "The function of every item, on as many threads as torch uses, each working alone."
+    threads = torch.get_num_threads()
+    if min(threads, len(items)) < 2:
+        return [function(item) for item in items]
+    try:
+        return list(_pool(os.getpid(), threads).map(function, items))  # a forked process has no threads of its parent
+    finally:
+        torch.set_num_threads(threads)
+
 # %% ../nbs/03_data.ipynb #0f90146e
 class Images(Dataset):
     "Pictures by position, decoded when asked for, a batch by as many threads as torch has."
@@ -469,8 +488,8 @@ class Images(Dataset):
             return self._item(i)
 
     def __getitems__(self, ids):  # what a DataLoader asks for
-        with _quietly(), ThreadPoolExecutor(torch.get_num_threads()) as pool:
-            return list(pool.map(self._item, ids))
+        with _quietly():
+            return in_threads(self._item, ids)
 
 
 def _collate(items):

@@ -8,14 +8,13 @@ __all__ = ['CLIP_MEAN', 'CLIP_STD', 'AUGMENTATIONS', 'ViewSettings', 'ViewPlan',
 
 # %% ../nbs/06_views.ipynb #be498026
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .data import AevlpError
+from .data import AevlpError, in_threads
 
 # %% ../nbs/06_views.ipynb #d80ed398
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -129,15 +128,6 @@ def _fresh(*shape):  # float32, not initialised
     return batch
 
 # %% ../nbs/06_views.ipynb #e6679192
-def _in_threads(function, count):
-    "`function(0..count - 1)` on as many threads as torch uses, each working alone"
-    threads = torch.get_num_threads()
-    if min(threads, count) < 2: return [function(i) for i in range(count)]
-    try:
-        with ThreadPoolExecutor(min(threads, count), initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            return list(pool.map(function, range(count)))
-    finally: torch.set_num_threads(threads)
-
 def _resize(image, size):  # (3, h, w) uint8 -> (3, size, size) uint8
     if image.shape[1:] == (size, size): return image
     return F.interpolate(image[None], (size, size), mode="bilinear", antialias=True)[0]
@@ -149,10 +139,10 @@ def _on_cpu(images, plan, size, mean, std):  # -> (B, V, 3, size, size)
         details = zip(plan.boxes[b].tolist(), plan.flip[b].tolist(), plan.op[b].tolist(), 2 * plan.strength[b] - 1)
         for place, ((x0, y0, x1, y1), flip, op, strength) in zip(out[b], details):
             view = _resize(images[b][:, y0:y1, x0:x1], size)
-            place.copy_(view.flip(-1) if flip else view)
-            if op >= 0: place.copy_(_OPS[op](place[None], strength[None])[0])
-            place.sub_(mean).mul_(scale)
-    _in_threads(fill, len(images))
+            view = view.flip(-1) if flip else view
+            if op >= 0: view = _OPS[op](view[None].float(), strength[None])[0]
+            torch.sub(view, mean, out=place).mul_(scale)
+    in_threads(fill, range(len(images)))
     return out
 
 # %% ../nbs/06_views.ipynb #a5259649
