@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from fake_run import record
 from PIL import Image, ImageFilter
 
 from aevlp import bank, benchmarks, recipes, train, vlm
@@ -46,3 +47,4 @@ def test_steps_on_photographs(voc, tmp_path, monkeypatch):
     assert not views and np.isfinite(second["test_map"])
     labels = [np.load(tmp_path / run / "pseudo/epoch_01.npz")["pseudo"] for run in ("first", "second")]
     assert np.array_equal(*labels)
+    record("real size", first=round(first["seconds"]), second=round(second["seconds"]))
