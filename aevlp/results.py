@@ -72,11 +72,11 @@ def missing(
     dataset: str,
     root=None,
     csv=None,
-) -> str:
-    "One sentence: which runs are missing and the command that makes them; empty where none is."
+) -> str | None:
+    "One sentence: which runs are missing and the command that makes them; None where none is."
     lacking = table[table.run.isna()]
     if lacking.empty:
-        return ""
+        return None
     name = spec.get("name", "sweep") if isinstance(spec, dict) else spec
     place = "" if dataset == "glyphs" else f" --root {root or 'DIR'}" + (f" --csv {csv}" if csv else "")
     seeds = ",".join(str(s) for s in sorted(lacking.seed.unique()))

@@ -210,8 +210,13 @@ def test_servers_listen_here_only_and_want_their_token(tmp_path, command):
     import psutil
 
     env = os.environ | {"AEVLP_RUNS": str(tmp_path), "JUPYTER_CONFIG_DIR": str(tmp_path / "jupyter")}
-    server = subprocess.Popen(
-        [AEVLP, command, "--no-browser"], stdout=subprocess.PIPE, text=True, env=env, start_new_session=True
+    heed = "import signal, os, sys; signal.signal(2, signal.default_int_handler); os.execv(sys.argv[1], sys.argv[1:])"
+    server = subprocess.Popen(  # also where the tests run in the background, to which a shell makes Ctrl-C nothing
+        [sys.executable, "-c", heed, AEVLP, command, "--no-browser"],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=env,
+        start_new_session=True,
     )
     try:
         url = until_answers(server)
