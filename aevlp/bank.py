@@ -22,7 +22,9 @@ from filelock import FileLock
 from .data import AevlpError, home, write_json
 
 # %% ../nbs/08_bank.ipynb #dff25a35
-def banks_root() -> Path: return home() / "banks"
+def banks_root() -> Path:
+    "Folder of all banks, below `home()`"
+    return home() / "banks"
 
 def _read_json(path):
     try: return json.loads(path.read_text())

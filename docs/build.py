@@ -56,6 +56,8 @@ def documented(cell_source, module):
             if any(getattr(d, "id", "") == "patch" for d in node.decorator_list)
             else None
         )
+        if owner and not ast.get_docstring(node):
+            continue
         symbol = getattr(getattr(module, owner) if owner else module, node.name)
         name = f"{owner}.{node.name}" if owner else node.name
         parts.append(symbol_page(symbol, name, 3) + source_of(cell_source, node))
