@@ -640,6 +640,9 @@ def prepare_folder(self: Training):
     if self.main:
         try:
             (self.run_dir / "pseudo").mkdir(parents=True, exist_ok=True)
+            for ending in ("safetensors", "npz", "csv"):  # what a kill left half written
+                for left in self.run_dir.rglob(f".*.{ending}.*.tmp"):
+                    left.unlink()
         except OSError as e:
             raise AevlpError(f"{self.run_dir}: cannot be made ({e.strerror}); choose another folder") from e
     self.accelerator.wait_for_everyone()

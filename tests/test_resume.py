@@ -118,6 +118,17 @@ def test_a_bank_that_was_killed_before_its_seal_is_sealed_by_the_next_run(tmp_pa
     assert verify(banks(tmp_path / "banks").name[0], tmp_path / "banks").state.tolist() == ["complete"]
 
 
+def test_what_a_kill_left_half_written_is_removed(tmp_path):
+    (tmp_path / "run/pseudo").mkdir(parents=True)
+    for name in ("best.safetensors", "pseudo/epoch_01.npz"):
+        path = tmp_path / "run" / name
+        path.with_name(f".{path.name}.1.tmp").write_bytes(b"half")
+    others = tmp_path / "run/.status.json.1.tmp"  # of the process that started this one
+    others.write_bytes(b"half")
+    tiny.train(tmp_path / "run", "an", tiny.shapes(tmp_path / "pictures", n=80), {"epochs": 1})
+    assert list((tmp_path / "run").rglob(".*.tmp")) == [others]
+
+
 class PowerCut(Exception):
     pass
 
