@@ -55,11 +55,11 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def record(test, command="make soak", **measured):
     """What a soak test measured, in place of what is in benchmarks/soak.json of it."""
+    from common import cpu_name  # of benchmarks/
+
     path = Path(os.environ.get("AEVLP_SOAK_JSON") or ROOT / "benchmarks" / "soak.json")
     known = json.loads(path.read_text()) if path.exists() else {}
-    device = subprocess.run(["lscpu"], capture_output=True, text=True, check=True).stdout
-    device = next(line.split(":")[1].strip() for line in device.splitlines() if line.startswith("Model name"))
-    about = dict(device=f"{device}, {os.cpu_count()} cores", date=datetime.now(UTC).date().isoformat(), command=command)
+    about = dict(device=cpu_name(), date=datetime.now(UTC).date().isoformat(), command=command)
     write_json(path, known | {test: about | measured})
 
 
