@@ -17,7 +17,7 @@ import struct
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -28,6 +28,7 @@ import torch
 from fastcore.basics import patch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
+from torchvision.io import ImageReadMode, decode_jpeg
 from tqdm.auto import tqdm
 
 import aevlp
@@ -227,18 +228,26 @@ def _quietly():
         yield
 
 
+def _pixels(im, path) -> np.ndarray:  # (H, W, 3) uint8
+    "RGB on white of what Pillow has opened, not yet upright."
+    if im.format == "JPEG" and im.mode == "RGB":
+        with suppress(RuntimeError):  # broken or unusual: Pillow says what it is
+            return decode_jpeg(torch.from_numpy(np.fromfile(path, np.uint8)), ImageReadMode.RGB).permute(1, 2, 0).numpy()
+    im.load()
+    return np.array(_rgb(im))
+
+
 def _decode(path) -> np.ndarray:  # (H, W, 3) uint8
     _check_file(path)
     try:
         with Image.open(path, formats=FORMATS) as im:
             if im.width * im.height > MAX_PIXELS:
                 raise ValueError(f"{im.width} x {im.height} pixels; scale it down to at most {MAX_PIXELS} pixels")
-            im.load()
+            pixels = _pixels(im, path)
             orientation = _orientation(im)  # after loading, for Pillow itself turns TIFF
-            im = _rgb(im)
         if orientation in _UPRIGHT:
-            im = im.transpose(_UPRIGHT[orientation])
-        return np.array(im)
+            pixels = np.array(Image.fromarray(pixels).transpose(_UPRIGHT[orientation]))
+        return pixels
     except Image.UnidentifiedImageError:
         raise AevlpError(f"{path}: not an image in a known format ({', '.join(FORMATS)})") from None
     except Image.DecompressionBombError:

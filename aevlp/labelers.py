@@ -72,20 +72,25 @@ class LargeLossLabeler(Labeler):
         return large_loss_mask(batch.logits, batch.observed, k).to(torch.int8)
 
 # %% ../nbs/10_labelers.ipynb #bb4bda0c
+_PART = 2**21  # pixels of views that are made at a time on the CPU
+
 class Eyes:
     "View embeddings of a batch from the bank, or from CLIP"
     def __init__(self, clip, settings, seed, bank=None):  # `settings` None: the global view only, squashed and not augmented
         self.clip, self.settings, self.seed, self.bank = clip, settings, seed, bank
 
-    def _views(self, images, ids, epoch):  # -> (b, 1 + R, 3, S, S)
-        if self.settings is None:
-            return student_inputs(images, self.clip.image_size, self.clip.mean, self.clip.std, self.clip.device)[:, None]
-        sizes = torch.tensor([i.shape[-2:] for i in images])
-        return make_views(images, view_plan(ids, sizes, self.settings, self.seed, epoch), self.settings, self.clip.device)
+    def parts(self, images, ids, epoch):  # yields (b, 1 + R, 3, S, S), of consecutive images
+        "The views of some images: on the CPU a few images at a time, at least one a thread"
+        size, device = self.clip.image_size, self.clip.device
+        if self.settings is None: return (yield student_inputs(images, size, self.clip.mean, self.clip.std, device)[:, None])
+        plan = view_plan(ids, [i.shape[-2:] for i in images], self.settings, self.seed, epoch)
+        few = max(torch.get_num_threads(), _PART // (self.settings.views * size**2)) if device.type == 'cpu' else len(images)
+        for part in np.array_split(np.arange(len(images)), math.ceil(len(images) / few)):
+            part = slice(part[0], part[-1] + 1)
+            yield make_views(images[part], plan[part], self.settings, device)
 
     def encode(self, images, ids, epoch):  # -> (b, 1 + R, K) float16, unit norm: what the bank holds, so that labels are the same without it
-        views = self._views(images, ids, epoch)
-        return self.clip.encode_images(views.flatten(0, 1)).unflatten(0, views.shape[:2]).half()
+        return torch.cat([self.clip.encode_images(v.flatten(0, 1)).unflatten(0, v.shape[:2]).half() for v in self.parts(images, ids, epoch)])
 
     def __call__(self, batch, epoch):  # -> (B, 1 + R, K)
         ids = batch.ids.cpu()

@@ -190,7 +190,7 @@ class Pictures:
                 if image is None:
                     image = next(fresh)
                     if self.keep:
-                        image = self.kept[i] = image.contiguous().clone()
+                        image = self.kept[i] = image.clone()
                 images.append(image)
             yield images, part
 

@@ -9,6 +9,7 @@ __all__ = ['CLIP_MEAN', 'CLIP_STD', 'AUGMENTATIONS', 'ViewSettings', 'ViewPlan',
 # %% ../nbs/06_views.ipynb #be498026
 import sys
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -50,6 +51,8 @@ class ViewPlan:
     op: torch.Tensor        # (B, V) int64: -1 none, 0 rotation, 1 jitter, 2 sharpness, 3 autocontrast
     strength: torch.Tensor  # (B, V) float32 in [0, 1)
 
+    def __getitem__(self, images: slice) -> "ViewPlan": return ViewPlan(self.boxes[images], self.flip[images], self.op[images], self.strength[images])
+
 def draws(
     ids,          # (B,) image ids of the data set
     count: int,   # numbers per image
@@ -90,7 +93,10 @@ _GREY = (0.299, 0.587, 0.114)
 def _rotate(x, strength):  # up to 10 degrees, black outside
     angle = torch.deg2rad(-10 * strength)[:, None, None]
     at = (torch.arange(x.shape[-1], device=x.device) * 2 + 1) / x.shape[-1] - 1
-    grid = torch.stack([angle.cos() * at + angle.sin() * at[:, None], angle.cos() * at[:, None] - angle.sin() * at], -1)
+    cosines, sines = angle.cos() * at, angle.sin() * at
+    grid = x.new_empty(len(x), *x.shape[-2:], 2)
+    torch.add(cosines, sines.mT, out=grid[..., 0])
+    torch.sub(cosines.mT, sines, out=grid[..., 1])
     return F.grid_sample(x, grid, align_corners=False)
 
 def _jitter(x, strength):  # brightness and contrast up or down by a fifth, saturation against them
@@ -105,14 +111,22 @@ def _sharpen(x, strength):  # inside the border
     x[..., 1:-1, 1:-1] = smooth.add_(inside, alpha=4).div_(13).lerp_(inside, (1 + strength)[:, None, None, None]).clamp_(0, 255)
     return x
 
+def _along_rows(values, width):  # (n, 3) -> (n, 3, 1, width)
+    "One value a channel, repeated along a row: channels last, torch then works on whole rows instead of three values at a time"
+    return values[:, None].expand(-1, width, -1).contiguous().permute(0, 2, 1)[:, :, None]
+
 def _autocontrast(x, strength):  # full range in every channel
-    low, high = x.amin((-1, -2), keepdim=True), x.amax((-1, -2), keepdim=True)
-    return torch.where(high > low, (x - low) * (255 / (high - low).clamp(min=1)), x)
+    pixels = x.permute(0, 2, 3, 1)
+    low, high = pixels.amin(1).amin(1), pixels.amax(1).amax(1)
+    flat = high <= low
+    shift, scale = torch.where(flat, 0, low), torch.where(flat, 1, 255 / (high - low).clamp(min=1))
+    return x.sub_(_along_rows(shift, x.shape[-1])).mul_(_along_rows(scale, x.shape[-1]))
 
 _OPS = (_rotate, _jitter, _sharpen, _autocontrast)
 
-def _constants(mean, std, device):  # (x - a) * b takes 0..255 to normalised values
-    mean, std = (255 * torch.tensor(v, dtype=torch.float32, device=device).view(3, 1, 1) for v in (mean, std))
+@lru_cache
+def _constants(mean, std, size, device):  # (x - a) * b takes 0..255 to what the model was trained on
+    mean, std = (_along_rows(255 * torch.tensor([v], dtype=torch.float32, device=device), size) for v in (mean, std))
     return mean, 1 / std
 
 # %% ../nbs/06_views.ipynb #3889ab7b
@@ -128,20 +142,20 @@ def _fresh(*shape):  # float32, not initialised
     return batch
 
 # %% ../nbs/06_views.ipynb #e6679192
-def _resize(image, size):  # (3, h, w) uint8 -> (3, size, size) uint8
-    if image.shape[1:] == (size, size): return image
-    return F.interpolate(image[None], (size, size), mode="bilinear", antialias=True)[0]
-
-def _on_cpu(images, plan, size, mean, std):  # -> (B, V, 3, size, size)
-    "View after view on the CPU, each straight into its place"
-    out, (mean, scale) = _fresh(*plan.flip.shape, 3, size, size), _constants(mean, std, "cpu")
+def _on_cpu(images, plan, size, mean, std):  # -> (B, V, 3, size, size), channels last
+    "Image after image on the CPU, each straight into its place"
+    out = _fresh(*plan.flip.shape, size, size, 3).permute(0, 1, 4, 2, 3)
+    mean, scale = _constants(tuple(mean), tuple(std), size, "cpu")
     def fill(b):
-        details = zip(plan.boxes[b].tolist(), plan.flip[b].tolist(), plan.op[b].tolist(), 2 * plan.strength[b] - 1)
-        for place, ((x0, y0, x1, y1), flip, op, strength) in zip(out[b], details):
-            view = _resize(images[b][:, y0:y1, x0:x1], size)
-            view = view.flip(-1) if flip else view
-            if op >= 0: view = _OPS[op](view[None].float(), strength[None])[0]
-            torch.sub(view, mean, out=place).mul_(scale)
+        image, views = images[b].permute(1, 2, 0).contiguous()[None], []
+        mirrored, width = image.flip(2), image.shape[2]
+        for (x0, y0, x1, y1), flip in zip(plan.boxes[b].tolist(), plan.flip[b].tolist()):
+            cut = mirrored[:, y0:y1, width - x1:width - x0] if flip else image[:, y0:y1, x0:x1]
+            views.append(F.interpolate(cut.permute(0, 3, 1, 2), (size, size), mode="bilinear", antialias=True))
+        place, ops, strengths = out[b].copy_(torch.cat(views)), plan.op[b].tolist(), (2 * plan.strength[b] - 1).split(1)
+        for v, (op, strength) in enumerate(zip(ops, strengths)):
+            if op >= 0: place[v] = _OPS[op](views[v].float(), strength)[0]
+        place.sub_(mean).mul_(scale)
     in_threads(fill, range(len(images)))
     return out
 
@@ -177,7 +191,7 @@ def _on_device(images, plan, size, mean, std, device):  # -> (B, V, 3, size, siz
     for op, augment in enumerate(_OPS):
         b, v = (plan.op == op).nonzero(as_tuple=True)
         if len(b): out[b, v] = augment(out[b, v], 2 * plan.strength[b, v].to(device) - 1)
-    mean, scale = _constants(mean, std, device)
+    mean, scale = _constants(tuple(mean), tuple(std), out.shape[-1], device)
     return out.sub_(mean).mul_(scale)
 
 def _make(images, plan, size, mean, std, device):
@@ -189,7 +203,7 @@ def make_views(
     plan: ViewPlan,
     settings: ViewSettings,
     device="cpu",
-) -> torch.Tensor:    # (B, V, 3, S, S) float32, normalised
+) -> torch.Tensor:    # (B, V, 3, S, S) float32, normalised; on the CPU channels last
     "Cut, resize, flip, augment and normalise the views of a batch"
     return _make(images, plan, settings.size, settings.mean, settings.std, device)
 
@@ -204,7 +218,7 @@ def student_inputs(
     mean, std,    # three numbers each, of values in [0, 1]
     device="cpu",
     flip=None,    # (B,) bool
-) -> torch.Tensor:  # (B, 3, size, size) float32
+) -> torch.Tensor:  # (B, 3, size, size) float32; on the CPU channels last
     "Squash, flip and normalise a batch"
     boxes = torch.tensor([[[0, 0, image.shape[2], image.shape[1]]] for image in images])
     flip = torch.zeros(len(images), dtype=torch.bool) if flip is None else flip.cpu()

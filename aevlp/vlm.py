@@ -7,16 +7,27 @@ __all__ = ['Clip', 'weights_of', 'load_clip', 'prompts', 'label_graph', 'GraphNo
 
 # %% ../nbs/07_vlm.ipynb #1c8f8b7c
 import hashlib
+import math
 from contextlib import nullcontext
 from pathlib import Path
 
 import open_clip
 import torch
+from open_clip import transformer
 from torch import Tensor, nn
 
 from .data import AevlpError, nearest, shipped
 
 # %% ../nbs/07_vlm.ipynb #c745f2fa
+_CHUNK = 2**19  # pixels that go through the image tower at a time on the CPU
+
+def _tokens_first(model):
+    "The same transformer, with (L, N, D) inside instead of (N, L, D)"
+    for tower in model.modules():
+        if type(tower) is not transformer.Transformer or any(type(b) is not transformer.ResidualAttentionBlock for b in tower.resblocks): continue
+        tower.batch_first = False
+        for block in tower.resblocks: block.attn.batch_first = False
+
 class Clip:
     "A frozen CLIP: pixels and prompts in, embeddings out"
     def __init__(self,
@@ -26,6 +37,7 @@ class Clip:
         precision="fp32",  # 'fp32' or 'bf16' (autocast)
     ):
         self.model, self.name, self.device, self.precision = model.to(device).eval().requires_grad_(False), name, torch.device(device), precision
+        if precision == "bf16": _tokens_first(model.visual)
         size = model.visual.image_size
         self.image_size = size[0] if isinstance(size, (tuple, list)) else size  # S, pixels
         self.mean, self.std = tuple(model.visual.image_mean), tuple(model.visual.image_std)
@@ -49,7 +61,8 @@ class Clip:
 
     @torch.inference_mode()
     def encode_images(self, pixels: Tensor) -> Tensor:  # (M, 3, S, S) normalised -> (M, K) float32, unit norm
-        with self._cast(): out = self.model.encode_image(pixels.to(self.device))
+        chunks = math.ceil(len(pixels) * self.image_size**2 / _CHUNK) if self.device.type == "cpu" else 1
+        with self._cast(): out = torch.cat([self.model.encode_image(p.to(self.device)) for p in pixels.chunk(chunks)])
         return nn.functional.normalize(out.float(), dim=-1)
 
     @torch.inference_mode()

@@ -111,7 +111,7 @@ def steps(data, r, folder):
     """Images/s of whole epochs, loading included."""
     clip = random_clip(DEVICE, "bf16")
     bank = Bank.open(folder, dict(clip="random"), data.splits["train"], 1 + r.grid**2, clip.width)
-    fast = dict(fast=True)
+    fast = dict(bf16=True)
     kinds = {
         "textbook": lambda: Textbook(data, r, DEVICE, WORKERS),
         "AEVLP, first run": lambda: Ours(data, r, DEVICE, WORKERS, clip, **fast),
@@ -142,7 +142,7 @@ def profile(data, r, folder, out):
     bank = Bank.open(folder, dict(clip="random"), data.splits["train"], 1 + r.grid**2, clip.width)
     text = []
     for name, given in (("first run", None), ("from the bank", bank)):
-        pipeline = Ours(data, r, DEVICE, 0, clip, given, fast=True)
+        pipeline = Ours(data, r, DEVICE, 0, clip, given, bf16=True)
         batches = [b for b, _ in zip(pipeline.batches(), range(6), strict=False)]
         for b in batches[:3]:
             pipeline.step(b)

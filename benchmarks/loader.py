@@ -6,6 +6,7 @@ much again as its decoding.
 
 import resource
 import tempfile
+from types import SimpleNamespace
 
 import textbook
 import torch
@@ -13,14 +14,17 @@ from common import photographs, ratio, rivals
 from steps import MEAN, SIZE, STD
 
 from aevlp.data import image_loader
-from aevlp.views import ViewSettings, make_views, student_flips, student_inputs, view_plan
+from aevlp.labelers import Eyes
+from aevlp.views import ViewSettings, student_flips, student_inputs
 
 
 def ours(data, batch_size, workers, views, device):
+    eyes = Eyes(SimpleNamespace(image_size=views.size, device=torch.device(device)), views, 0)  # what it asks of CLIP
     for images, ids in image_loader(
         data, range(len(data.paths)), batch_size, workers=workers, pin_memory=device != "cpu"
     ):
-        make_views(images, view_plan(ids, [i.shape[1:] for i in images], views, 0, 1), views, device)
+        for part in eyes.parts(images, ids, 1):
+            del part  # CLIP would read it here
         student_inputs(images, SIZE, MEAN, STD, device, student_flips(ids, 0, 1))
 
 

@@ -19,7 +19,7 @@ def measure(dataset="voc", classes=20, target=1.05, batch_size=8, repeats=1, tex
         slow = dict(
             textbook=Textbook(data, r, "cpu", 0, clip),
             first=Ours(data, r, "cpu", 0, clip),
-            bf16=Ours(data, r, "cpu", 0, half, fast=True),
+            bf16=Ours(data, r, "cpu", 0, half, bf16=True),
         )
         again = dict(bank=Ours(data, r, "cpu", 0, clip, bank), an=Ours(data, r, "cpu", 0))
         times = rivals({k: lambda p=p: epoch(p) for k, p in slow.items()}, repeats, warm=0)

@@ -82,9 +82,9 @@ class Textbook:
 class Ours:
     """What aevlp does; `bank` is where the views' embeddings are kept, `clip` None is a step of AN."""
 
-    def __init__(self, data, r, device, workers, clip=None, bank=None, fast=False, compiled=False):
+    def __init__(self, data, r, device, workers, clip=None, bank=None, bf16=False, compiled=False):
         self.data, self.recipe, self.device, self.workers = data, r, torch.device(device), workers
-        self.student = Student(len(data.class_names), device, fast, fast, compiled)
+        self.student = Student(len(data.class_names), device, bf16, r.channels_last, compiled)
         self.observed = torch.from_numpy(data.observed).to(device)
         if clip is not None:
             views = view_settings(r, clip)

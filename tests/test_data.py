@@ -84,6 +84,28 @@ def test_modes_and_formats_give_rgb(tmp_path, mode):
             assert np.array_equal(found, reference), path
 
 
+@pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:2", "4:2:0"])
+@pytest.mark.parametrize("progressive", [False, True])
+def test_colour_jpegs_are_pillows(tmp_path, subsampling, progressive):
+    for quality, (height, width) in ((30, (1, 1)), (75, (17, 33)), (95, (40, 64))):
+        path = tmp_path / f"{quality}.jpg"
+        Image.fromarray(RNG.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(
+            path, quality=quality, subsampling=subsampling, progressive=progressive
+        )
+        with Image.open(path) as im:
+            assert im.mode == "RGB" and np.array_equal(decode(path), np.asarray(im))
+
+
+def test_a_cut_colour_jpeg_is_refused_wherever_it_ends(tmp_path):
+    Image.fromarray(SCENE).save(tmp_path / "whole.jpg", quality=90)
+    whole = (tmp_path / "whole.jpg").read_bytes()
+    assert decode(tmp_path / "whole.jpg").shape == SCENE.shape
+    for end in range(2, len(whole) - 2, max(1, len(whole) // 25)):
+        (tmp_path / "cut.jpg").write_bytes(whole[:end])
+        with pytest.raises(AevlpError, match="cut.jpg"):
+            decode(tmp_path / "cut.jpg")
+
+
 def test_alpha_is_laid_over_white(tmp_path):
     alpha = np.full((40, 64, 1), 255, np.uint8)
     alpha[:, 32:] = 0

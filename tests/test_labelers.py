@@ -96,6 +96,19 @@ def test_labels_know_neither_order_nor_company(name, build, batch):
         assert whole.dtype == torch.int8 and set(whole.unique().tolist()) <= {-1, 0, 1}
 
 
+@pytest.mark.parametrize("images_at_a_time", [1, 2, 4, 5, 100])
+def test_parts_are_the_whole(build, batch, monkeypatch, images_at_a_time):
+    from aevlp.views import make_views, view_plan
+
+    eyes, some = build().eyes, batch([4, 1, 3, 2, 5])
+    plan = view_plan(some.ids, [i.shape[1:] for i in some.images], eyes.settings, eyes.seed, 2)
+    whole = make_views(some.images, plan, eyes.settings)
+    monkeypatch.setattr("torch.get_num_threads", lambda: 1)
+    monkeypatch.setattr("aevlp.labelers._PART", images_at_a_time * eyes.settings.views * eyes.clip.image_size**2)
+    parts = [part.clone() for part in eyes.parts(some.images, some.ids, 2)]
+    assert max(map(len, parts)) <= images_at_a_time and torch.equal(torch.cat(parts), whole)
+
+
 def test_none(build, batch):
     assert not build("none").labels(batch([1, 2]), 1).any()
 

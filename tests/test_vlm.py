@@ -54,6 +54,30 @@ def test_the_hash_names_the_weights(weights, clip):
     assert clip.weights_hash != other.weights_hash
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_chunks_change_no_embedding(weights, monkeypatch, precision):
+    clip, pixels = load_clip(NAME, weights, precision=precision), torch.randn(11, 3, 32, 32)
+    seen, encode = [], clip.model.encode_image
+    monkeypatch.setattr(clip.model, "encode_image", lambda p: seen.append(len(p)) or encode(p))
+    whole = clip.encode_images(pixels)
+    monkeypatch.setattr(vlm, "_CHUNK", 4 * 32**2)
+    near = dict(atol=1e-6, rtol=0) if precision == "fp32" else dict(atol=0.02, rtol=0)
+    torch.testing.assert_close(clip.encode_images(pixels), whole, **near)
+    assert seen == [11, 4, 4, 3]
+
+
+def test_tokens_first_is_the_same_tower(weights):
+    pixels = torch.randn(6, 3, 32, 32)
+    made = load_clip(NAME, weights, precision="bf16")
+    assert not made.model.visual.transformer.batch_first
+    plain = open_clip.create_model(NAME, pretrained=str(weights)).eval()
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        expected = torch.nn.functional.normalize(plain.encode_image(pixels).float(), dim=-1)
+    assert (made.encode_images(pixels) * expected).sum(1).min() > 0.9999
+    mixed = made.model.visual(pixels.flip(0)).flip(0)  # float32, no autocast: exact but for the order of sums
+    torch.testing.assert_close(mixed, plain.visual(pixels), atol=1e-5, rtol=1e-4)
+
+
 def test_bf16_is_near(weights, clip):
     pixels = torch.randn(8, 3, 32, 32)
     near = load_clip(NAME, weights, precision="bf16").encode_images(pixels)
