@@ -41,7 +41,7 @@ def processor_seconds(function):
     return used() - before
 
 
-def measure(images=192, batch_size=16, workers=2, grid=4, repeats=3, device="cpu"):
+def measure(images=192, batch_size=16, workers=2, grid=4, repeats=5, device="cpu"):
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         data = photographs(folder, images, files=min(64, images))

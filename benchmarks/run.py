@@ -1,6 +1,6 @@
 """All speed measurements on this machine: prints a table, writes benchmarks/results.json.
 
-python benchmarks/run.py           everything, about 20 minutes on 2 cores, most of it CLIP
+python benchmarks/run.py           everything, about a quarter of an hour on 2 cores, most of it CLIP
 python benchmarks/run.py --quick   without the steps through ViT-B/16 (about 5 minutes)
 """
 
