@@ -128,6 +128,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'aevlp.data.LabelledImages.targets': ('data.html#labelledimages.targets', 'aevlp/data.py'),
                             'aevlp.data._ImageLoader': ('data.html#_imageloader', 'aevlp/data.py'),
                             'aevlp.data._ImageLoader.__iter__': ('data.html#_imageloader.__iter__', 'aevlp/data.py'),
+                            'aevlp.data._alone': ('data.html#_alone', 'aevlp/data.py'),
                             'aevlp.data._check_file': ('data.html#_check_file', 'aevlp/data.py'),
                             'aevlp.data._check_splits': ('data.html#_check_splits', 'aevlp/data.py'),
                             'aevlp.data._checkout': ('data.html#_checkout', 'aevlp/data.py'),

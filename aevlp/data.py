@@ -461,9 +461,15 @@ def observe(
     return replace(data, observed=observed)
 
 # %% ../nbs/03_data.ipynb #5c1d7e11
+def _alone():
+    "One thread for torch in this thread; asked for at once, for at its first operation it would take the caller's number."
+    torch.set_num_threads(1)
+    torch.get_num_threads()
+
+
 @lru_cache
 def _pool(process, threads):
-    return ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+    return ThreadPoolExecutor(threads, initializer=_alone)
 
 
 def in_threads(

@@ -12,10 +12,12 @@ from PIL import Image, ImageOps
 from aevlp.data import (
     AevlpError,
     LabelledImages,
+    _pool,
     decode,
     epoch_order,
     home,
     image_loader,
+    in_threads,
     observe,
     progress,
     sample_single_positives,
@@ -303,6 +305,20 @@ def test_loader_keeps_the_order(pictures, workers):
         for image, i in zip(images, ids.tolist(), strict=True):
             assert image.dtype == torch.uint8 and image.shape == (3, 20 - i, 10 + i)
             assert image[:, 0, 0].tolist() == [i, 2 * i, 3 * i]
+
+
+def test_threads_of_the_pool_work_alone():
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    _pool.cache_clear()
+    try:
+        assert in_threads(lambda i: i, range(6)) == list(range(6))  # no torch operation: it would be their first
+        assert set(
+            in_threads(lambda i: torch.zeros(10**6).add_(i) is not None and torch.get_num_threads(), range(6))
+        ) == {1}
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
