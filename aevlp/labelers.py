@@ -82,7 +82,9 @@ class Eyes:
     def parts(self, images, ids, epoch):  # yields (b, 1 + R, 3, S, S), of consecutive images
         "The views of some images: on the CPU a few images at a time, at least one a thread"
         size, device = self.clip.image_size, self.clip.device
-        if self.settings is None: return (yield student_inputs(images, size, self.clip.mean, self.clip.std, device)[:, None])
+        if self.settings is None:
+            yield student_inputs(images, size, self.clip.mean, self.clip.std, device)[:, None]
+            return
         plan = view_plan(ids, [i.shape[-2:] for i in images], self.settings, self.seed, epoch)
         few = max(torch.get_num_threads(), _PART // (self.settings.views * size**2)) if device.type == 'cpu' else len(images)
         for part in np.array_split(np.arange(len(images)), math.ceil(len(images) / few)):
