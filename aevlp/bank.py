@@ -35,7 +35,7 @@ def _sha256(path):
 
 # %% ../nbs/08_bank.ipynb #d6d223ee
 class Bank:
-    "Embeddings of the views of a training split, one file an epoch"
+    "Embeddings of the views of a split, one file an epoch; epoch 0 is that of the evaluation views"
     def __init__(self, folder, ids, views: int, width: int):
         self.folder, self.ids, self.shape = Path(folder), np.asarray(ids), (len(ids), views, width)
         self._open = {}
@@ -43,8 +43,8 @@ class Bank:
     @classmethod
     def open(cls,
         root,        # folder of banks; None = the usual one
-        key: dict,   # what decides the embeddings: data, CLIP and its weights, view settings, seed
-        ids,         # (N,) image ids of the training split, sorted
+        key: dict,   # what decides the embeddings: data, split, CLIP and its weights, view settings, seed
+        ids,         # (N,) image ids of the split, sorted
         views: int,  # V = 1 + R
         width: int,  # K
     ) -> "Bank":
@@ -106,7 +106,7 @@ def _check(self: Bank, epoch, rows, done):
 
 # %% ../nbs/08_bank.ipynb #3231a320
 @patch
-def rows(self: Bank, ids):  # -> (B,) positions in the training split
+def rows(self: Bank, ids):  # -> (B,) positions in the split
     rows = np.searchsorted(self.ids, np.asarray(ids)).clip(max=len(self.ids) - 1)
     if not np.array_equal(self.ids[rows], ids): raise AevlpError(f"The bank {self.folder.name} is of other images: not all of {list(map(int, ids))[:8]} are its own.")
     return rows
@@ -163,10 +163,10 @@ def banks(root=None) -> pd.DataFrame:
     rows = []
     for path in sorted((Path(root) if root else banks_root()).glob("*/manifest.json")):
         manifest, epochs = _read_json(path), _epochs(path.parent)
-        rows.append(dict(name=path.parent.name, clip=manifest["key"].get("clip"), images=manifest["images"], views=manifest["views"],
+        rows.append(dict(name=path.parent.name, clip=manifest["key"].get("clip"), split=manifest["key"].get("split"), images=manifest["images"], views=manifest["views"],
                          epochs=len(epochs), complete=sum(e.with_suffix(".json").exists() for e in epochs),
                          megabytes=round(sum(e.stat().st_size for e in epochs) / 1e6, 1)))
-    return pd.DataFrame(rows, columns=["name", "clip", "images", "views", "epochs", "complete", "megabytes"])
+    return pd.DataFrame(rows, columns=["name", "clip", "split", "images", "views", "epochs", "complete", "megabytes"])
 
 def verify(name: str, root=None) -> pd.DataFrame:
     "Each epoch of a bank: 'complete', 'damaged' (its bytes have changed) or 'partial'"

@@ -47,7 +47,7 @@ def calls(clip, monkeypatch):
     seen, encode = [], clip.encode_images
     monkeypatch.setattr(clip, "encode_images", lambda pixels: seen.append(len(pixels)) or encode(pixels))
     monkeypatch.setattr("aevlp.explore.load_clip", lambda *_, **__: clip)
-    monkeypatch.setattr("aevlp.labelers.load_clip", lambda *_, **__: clip)
+    monkeypatch.setattr("aevlp.eyes.load_clip", lambda *_, **__: clip)
     return seen
 
 
@@ -154,7 +154,7 @@ def run(data, clip, tmp_path_factory):
     """A run of two epochs on ten scenes, random weights throughout."""
     folder = tmp_path_factory.mktemp("run")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("aevlp.labelers.load_clip", lambda *_, **__: clip)
+        patch.setattr("aevlp.eyes.load_clip", lambda *_, **__: clip)
         settings = recipe("glyphs", "aevlp", **(SMALL | {"epochs": 2}))
         train.fit(data, "aevlp", settings, 0, folder, bank=False, progress=False)
     return folder

@@ -65,7 +65,7 @@ def build(data, clip_model, tmp_path, monkeypatch):
     def same(*args):  # one model for all labelers, its weights are random
         return copy.copy(clip_model)
 
-    monkeypatch.setattr("aevlp.labelers.load_clip", same)
+    monkeypatch.setattr("aevlp.eyes.load_clip", same)
 
     def make(name="damp", bank=False, seed=0, **changes):
         made = recipe("glyphs", "aevlp", **{**TINY, **changes})
@@ -104,7 +104,7 @@ def test_parts_are_the_whole(build, batch, monkeypatch, images_at_a_time):
     plan = view_plan(some.ids, [i.shape[1:] for i in some.images], eyes.settings, eyes.seed, 2)
     whole = make_views(some.images, plan, eyes.settings)
     monkeypatch.setattr("torch.get_num_threads", lambda: 1)
-    monkeypatch.setattr("aevlp.labelers._PART", images_at_a_time * eyes.settings.views * eyes.clip.image_size**2)
+    monkeypatch.setattr("aevlp.eyes._PART", images_at_a_time * eyes.settings.views * eyes.clip.image_size**2)
     parts = [part.clone() for part in eyes.parts(some.images, some.ids, 2)]
     assert max(map(len, parts)) <= images_at_a_time and torch.equal(torch.cat(parts), whole)
 

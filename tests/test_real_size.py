@@ -32,7 +32,7 @@ def test_steps_on_photographs(voc, tmp_path, monkeypatch):
     recipe = recipes.recipe("voc", "aevlp", backbone_weights="none", clip_weights="none", epochs=1, workers=0)
     assert (recipe.backbone, recipe.image_size, recipe.clip, recipe.grid) == ("resnet50.tv_in1k", 448, "ViT-B-16", 4)
     random_clip = vlm.load_clip(recipe.clip, "none")
-    monkeypatch.setattr("aevlp.labelers.load_clip", lambda *args, **kwargs: random_clip)  # both runs: the same weights
+    monkeypatch.setattr("aevlp.eyes.load_clip", lambda *args, **kwargs: random_clip)  # both runs: the same weights
     views = []
     encode = vlm.Clip.encode_images
     monkeypatch.setattr(
