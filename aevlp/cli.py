@@ -156,7 +156,7 @@ def methods(as_json: Json = False):
     "Every method by name, with its place in the literature."
     import pandas as pd
 
-    from aevlp.methods import METHODS
+    from aevlp.registry import METHODS
     rows = [dict(name=m.name, title=m.title, loss=m.objective, labels=m.labeler, source=m.source) for m in METHODS.values()]
     _show(pd.DataFrame(rows), as_json, index=False)
 
@@ -165,8 +165,8 @@ def methods(as_json: Json = False):
 def recipe(dataset: Annotated[str, typer.Argument()] = "glyphs", method: Annotated[str, typer.Argument()] = "aevlp",
            fidelity: Fidelity = "paper", set_: Set = None, as_json: Json = False):
     "Every setting of a method on a data set, with its source."
-    from aevlp import methods, recipes
-    table = recipes.as_table(dataset, methods.get(method).name, fidelity, **recipes.parse_overrides(set_ or []))
+    from aevlp import recipes, registry
+    table = recipes.as_table(dataset, registry.get(method).name, fidelity, **recipes.parse_overrides(set_ or []))
     _show(table, as_json)
 
 

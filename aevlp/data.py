@@ -24,11 +24,8 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
 from fastcore.basics import patch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
-from torchvision.io import ImageReadMode, decode_jpeg
 from tqdm.auto import tqdm
 
 import aevlp
@@ -232,6 +229,8 @@ def _pixels(im, path) -> np.ndarray:  # (H, W, 3) uint8
     "RGB on white of what Pillow has opened, not yet upright."
     if im.format == "JPEG" and im.mode == "RGB":
         with suppress(RuntimeError):  # broken or unusual: Pillow says what it is
+            import torch
+            from torchvision.io import ImageReadMode, decode_jpeg
             return decode_jpeg(torch.from_numpy(np.fromfile(path, np.uint8)), ImageReadMode.RGB).permute(1, 2, 0).numpy()
     im.load()
     return np.array(_rgb(im))
@@ -463,6 +462,7 @@ def observe(
 # %% ../nbs/03_data.ipynb #5c1d7e11
 def _alone():
     "One thread for torch in this thread; asked for at once, for at its first operation it would take the caller's number."
+    import torch
     torch.set_num_threads(1)
     torch.get_num_threads()
 
@@ -477,6 +477,7 @@ def in_threads(
     items,
 ) -> list:  # of what it returns
     "The function of every item, on as many threads as torch uses, each working alone."
+    import torch
     threads = torch.get_num_threads()
     if min(threads, len(items)) < 2:
         return [function(item) for item in items]
@@ -486,8 +487,8 @@ def in_threads(
         torch.set_num_threads(threads)
 
 # %% ../nbs/03_data.ipynb #0f90146e
-class Images(Dataset):
-    "Pictures by position, decoded when asked for, a batch by as many threads as torch has."
+class Images:
+    "Pictures by position, decoded when asked for, a batch by as many threads as torch has: a data set of torch."
 
     def __init__(self, paths):
         self.paths = np.asarray(paths)
@@ -496,6 +497,7 @@ class Images(Dataset):
         return len(self.paths)
 
     def _item(self, i):
+        import torch
         return torch.from_numpy(_decode(self.paths[i])).permute(2, 0, 1), int(i)
 
     def __getitem__(self, i):  # -> (3, H, W) uint8, position
@@ -508,13 +510,22 @@ class Images(Dataset):
 
 
 def _collate(items):
+    import torch
     return [image for image, _ in items], torch.tensor([i for _, i in items], dtype=torch.long)
 
 
-class _ImageLoader(DataLoader):
+class _Batches:
+    "A `DataLoader` whose errors are one sentence."
+
+    def __init__(self, loader):
+        self.loader = loader
+
+    def __len__(self):
+        return len(self.loader)
+
     def __iter__(self):
         try:
-            yield from super().__iter__()
+            yield from self.loader
         except AevlpError as e:  # a worker's error carries its traceback as text: keep the sentence
             raise AevlpError(str(e).rsplit("AevlpError: ", 1)[-1].strip()) from None
 
@@ -526,17 +537,12 @@ def image_loader(
     order=None,  # the same positions in another order, as `epoch_order` gives; default as given
     workers: int = 0,  # processes that decode; 0: threads of this one
     pin_memory: bool = False,
-) -> DataLoader:  # of (list of (3, H, W) uint8, (B,) long positions)
+) -> _Batches:  # of (list of (3, H, W) uint8, (B,) long positions)
     "Batches of pictures of any size with their positions; the last one may be smaller."
-    order = ids if order is None else order
-    return _ImageLoader(
-        Images(data.paths),
-        batch_size=batch_size,
-        sampler=[int(i) for i in order],
-        collate_fn=_collate,
-        num_workers=workers,
-        pin_memory=pin_memory,
-    )
+    from torch.utils.data import DataLoader
+    order = [int(i) for i in (ids if order is None else order)]
+    return _Batches(DataLoader(Images(data.paths), batch_size, sampler=order, collate_fn=_collate, num_workers=workers,
+                               pin_memory=pin_memory))
 
 
 def epoch_order(

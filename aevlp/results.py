@@ -55,9 +55,9 @@ def rows(
     folder=None,  # of all runs
 ) -> pd.DataFrame:  # label, seed, paper, run, and all columns of `runs.frame()`; NaN where the run is missing
     "The runs of a sweep on one data set, finished ones with their numbers."
-    from aevlp import methods
+    from aevlp import registry
     plan = runs.expand(spec, dataset, root, csv, seeds)
-    paper = [methods.get(m).reference.get(dataset) if pd.isna(p) else p
+    paper = [registry.get(m).reference.get(dataset) if pd.isna(p) else p
              for m, p in zip(plan.method, plan.paper.astype(object), strict=True)]
     found = runs.frame(folder)
     found = found[found.state == "done"].drop_duplicates("key", keep="last")

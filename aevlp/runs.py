@@ -31,13 +31,12 @@ from pathlib import Path
 
 import pandas as pd
 import psutil
-import torch
 import yaml
 from fastcore.basics import patch
 from filelock import FileLock, Timeout
 
 import aevlp
-from . import benchmarks, recipes
+from . import benchmarks, recipes, registry
 from .data import AevlpError, _checkout, nearest, write_json, write_text
 
 # %% ../nbs/15_runs.ipynb #eda3eb96
@@ -86,9 +85,8 @@ def run_params(
         raise AevlpError(f"no data set is called '{dataset}'; the nearest is '{nearest(dataset, benchmarks.NAMES)}'")
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
         raise AevlpError(f"seed={seed!r} should be a whole number from 0")
-    from aevlp import methods  # takes seconds to import, which a dask worker need not spend
     root, csv = (str(Path(p).expanduser().absolute()) if p else None for p in (root, csv))
-    params = dict(dataset=dataset, method=methods.get(method).name, seed=seed, root=root, csv=csv,
+    params = dict(dataset=dataset, method=registry.get(method).name, seed=seed, root=root, csv=csv,
                   fidelity=fidelity, observation=observation)
     own = None if dataset in recipes.DATASETS else load_data(params)
     for key in overrides or {}:
@@ -186,6 +184,7 @@ def provenance() -> dict:
         found = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
         changed = subprocess.run([*git, "status", "--porcelain", "--", "aevlp"], capture_output=True, text=True)
         commit = found.stdout.strip() + ("-changed" if changed.stdout.strip() else "") if found.returncode == 0 else None
+    import torch  # a second that a table of runs need not wait
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     return dict(version=aevlp.__version__, commit=commit, torch=str(torch.__version__), python=sys.version.split()[0],
                 device=device)
@@ -698,8 +697,7 @@ def bank_of(
     params: dict,  # of a run
 ) -> str | None:  # the same for runs that share a bank
     "What names the CLIP bank that a run fills or reads; None where its labels need none."
-    from aevlp import methods
-    if methods.get(params["method"]).labeler not in ("damp", "fixed-damp"):
+    if registry.get(params["method"]).labeler not in ("damp", "fixed-damp"):
         return None
     return json.dumps([params["dataset"], params["root"], params["csv"], [params["recipe"].get(k) for k in _BANK]])
 
@@ -719,6 +717,14 @@ def _waves(todo, filled):
     return now, later
 
 # %% ../nbs/15_runs.ipynb #60b28c21
+def _gpus() -> int:
+    "CUDA devices that torch may use; where the system shows none, torch is not imported to count them."
+    if sys.platform == "linux" and not any(os.path.exists(f"/dev/{name}") for name in ("nvidiactl", "kfd", "dxg")):
+        return 0
+    import torch
+    return torch.cuda.device_count()
+
+
 _DEAF = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"  # Ctrl-C is for the sweep, not for its workers
 
 
@@ -727,7 +733,7 @@ def machine_workers(
 ) -> int:
     "Runs at a time on this machine: one per GPU, or cores / threads."
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return torch.cuda.device_count() or max(1, cores // threads)
+    return _gpus() or max(1, cores // threads)
 
 
 @contextmanager
@@ -763,8 +769,8 @@ def cluster(
 def _remote(params, runs, notebook, stop):
     "One run on a dask worker; with several GPUs each worker has its own."
     from distributed import get_worker
-    if torch.cuda.device_count() > 1 and str(get_worker().name).isdigit() and "CUDA_VISIBLE_DEVICES" not in os.environ:
-        os.environ["CUDA_VISIBLE_DEVICES"] = str(int(get_worker().name) % torch.cuda.device_count())
+    if (gpus := _gpus()) > 1 and str(get_worker().name).isdigit() and "CUDA_VISIBLE_DEVICES" not in os.environ:
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(int(get_worker().name) % gpus)
     return attempt(params, runs, notebook, stop=stop)
 
 

@@ -45,6 +45,22 @@ def test_help_fits_a_screen_comes_at_once_and_has_no_colour_in_a_pipe():
     assert "\x1b" not in done.stdout and all(f"\n  {name} " in done.stdout for name in [*COMMANDS, *GROUPS])
 
 
+HEAVY = {"torch", "torchvision", "open_clip", "timm", "accelerate", "scipy", "matplotlib", "papermill", "IPython"}
+
+
+@pytest.mark.parametrize("command", ["methods", "recipe voc gr", "results", "sweep table1 --dry-run", "train --help"])
+def test_a_table_is_printed_without_importing_what_trains(tmp_path, command):
+    script = (
+        f"import sys, time; t = time.process_time(); from aevlp import cli\ntry: cli.main({command.split()})\n"
+        "except SystemExit as e: assert not e.code\n"
+        f"assert not {HEAVY} & set(sys.modules), {HEAVY} & set(sys.modules)\nassert time.process_time() - t < 1"
+    )
+    known = os.environ | {"AEVLP_RUNS": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=known)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
+
+
 @pytest.mark.parametrize("command", [[c] for c in COMMANDS] + [[g, c] for g, names in GROUPS.items() for c in names])
 def test_every_command_has_an_example_that_parses(capsys, command):
     code, out, _ = call(capsys, *command, "--help")
