@@ -15,7 +15,7 @@ from fastcore.basics import patch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from .bank import Bank
-from .data import LabelledImages, image_loader
+from .data import LabelledImages, arithmetic, image_loader
 from .views import ViewSettings, evaluation_plan, make_views, student_inputs, view_plan
 from .vlm import load_clip, text_prototypes
 
@@ -78,6 +78,7 @@ def open_bank(data,      # `LabelledImages`
     if root is False: return None
     if split != 'train': settings, seed = settings and replace(settings, augment='none'), None
     key = dict(data=data.fingerprint, split=split, clip=clip.name, weights=clip.weights_hash, precision=clip.precision,
+               arithmetic=arithmetic() if clip.device.type == 'cpu' else clip.device.type,
                views=asdict(settings) if settings else 'global', seed=seed)
     return Bank.open(root, key, data.splits[split], settings.views if settings else 1, clip.width)
 

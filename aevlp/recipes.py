@@ -32,6 +32,8 @@ class _Training:
     weight_decay: float    # of the optimizer
     early_stop: str        # 'none', 'aevlp', 'gr', 'em' or 'll': see `should_stop`
     precision: str         # 'no', 'bf16' or 'fp16': Accelerate's mixed precision
+    threads: int           # of the CPU, part of the run, for sums depend on it; 0: as many as torch takes
+    portable: bool         # the CPU's kernels that every x86-64 processor with AVX2 has: the same digits everywhere
     workers: int           # decoding processes; 0: threads of the training process; -1: 4 beside a GPU, else 0
     channels_last: bool    # memory format of images and weights
     compile: bool          # torch.compile the classifier
@@ -113,7 +115,7 @@ class Recipe(_Methods):
     augment: str             # T: 'weak', 'flip' or 'none'
     clip_norm: str           # 'clip' or 'imagenet' mean and deviation
     strict_local: bool       # omega > zeta_local instead of >=
-    view_seed: int           # of patches and augmentation; shared by all runs, so that they share one bank
+    view_seed: int           # of patches and augmentation; one for all runs, so that they share a bank (glyphs: the run's seed)
     vlpl_clip: str           # VLPL's own model
     vlpl_clip_weights: str
     vlpl_temperature: float
@@ -155,7 +157,9 @@ TRAINING = (
     _s('optimizer', 'paper 6.1', 'adam'),
     _s('weight_decay', 'paper 6.1: none', 0.0),
     _s('early_stop', 'paper 6.1: all epochs, the best by validation mAP', 'none'),
-    _s('precision', _OURS + ': glyphs in half the time, see the page on speed', *['no'] * 4, 'bf16'),
+    _s('precision', _OURS, 'no'),
+    _s('threads', _OURS + ': glyphs: its networks gain little from a second one', *[0] * 4, 1),
+    _s('portable', _OURS + ': glyphs: the same digits on every x86-64 processor with AVX2', *[False] * 4, True),
     _s('workers', _OURS + ', see the page on speed', -1, -1, -1, -1, 0),
     _s('channels_last', _OURS + ': the same network, sooner; see the page on speed', True),
     _s('compile', _OURS, False),
@@ -324,7 +328,7 @@ FIDELITIES = ('paper', 'released')
 _CHOICES = dict(optimizer=('adam', 'adamax', 'sgd'), early_stop=('none', 'aevlp', 'gr', 'em', 'll'), precision=('no', 'bf16', 'fp16'),
                 v4=('clip', 'constant'), regulariser_over=('set', 'batch'), negative_rule=('percentile', 'floor'), negatives_as=(-1, 0),
                 augment=('weak', 'flip', 'none'), clip_norm=('clip', 'imagenet'))
-_AT_LEAST = dict(epochs=1, batch_size=1, image_size=1, grid=1, top_k=0, workers=-1, overlap=0, eta=0, noise_layers=1, mime_samples=1,
+_AT_LEAST = dict(epochs=1, batch_size=1, image_size=1, grid=1, top_k=0, workers=-1, threads=0, overlap=0, eta=0, noise_layers=1, mime_samples=1,
                  random_positives=0, lr=0, head_lr=0, ll_delta=0, neighbours=0, expected_positives=0)
 _ABOVE_0 = ('temperature', 'vlpl_temperature', 'q1', 'q2', 'sigma0', 'sigmaT')
 _UNIT = ('q3', 'negative_ratio', 'global_threshold', 'local_threshold', 'smoothing', 'vlpl_threshold', 'mime_threshold')

@@ -13,6 +13,7 @@ import importlib.resources
 import itertools
 import json
 import os
+import platform
 import re
 import reprlib
 import shutil
@@ -37,7 +38,7 @@ from filelock import FileLock, Timeout
 
 import aevlp
 from . import benchmarks, recipes, registry
-from .data import AevlpError, _checkout, nearest, write_json, write_text
+from .data import PORTABLE, AevlpError, _checkout, nearest, write_json, write_text
 
 # %% ../nbs/15_runs.ipynb #eda3eb96
 class RunFailed(AevlpError):
@@ -92,7 +93,8 @@ def run_params(
     for key in overrides or {}:
         if not isinstance(key, str):
             raise AevlpError(f"an override's name should be text, not {reprlib.repr(key)}")
-    recipe = asdict(recipes.recipe(dataset, params["method"], fidelity, data=own, **(overrides or {})))
+    varied = dict(view_seed=seed) if dataset == "glyphs" else {}  # its views are drawn anew per seed, as its single labels
+    recipe = asdict(recipes.recipe(dataset, params["method"], fidelity, data=own, **(varied | (overrides or {}))))
     return params | dict(overrides={k: recipe[k] for k in sorted(overrides or {})}, recipe=recipe)
 
 
@@ -101,6 +103,8 @@ def load_data(
 ):  # `LabelledImages`
     "The data set of a run."
     given = {k: params[k] for k in ("root", "csv", "observation") if params.get(k)}
+    if params["dataset"] == "glyphs":  # its single labels are drawn anew per seed; seed 0 has the field's draw
+        given.setdefault("observation", f"uniform, seed={1200 + params.get('seed', 0)}")
     return benchmarks.load(params["dataset"], fidelity=params["fidelity"], **given)
 
 # %% ../nbs/15_runs.ipynb #50c31411
@@ -206,13 +210,14 @@ def _engine() -> str:
 
     class Client(PapermillNotebookClient):
         def start_new_kernel(self, **kwargs):
-            super().start_new_kernel(**kwargs)
+            super().start_new_kernel(env=os.environ | self.nb_man.environment, **kwargs)
             self.nb_man.group = self.km.provisioner.pid
             self.nb_man.report(kernel=_process(self.nb_man.group))
 
     class Reporting(NBClientEngine):
         @classmethod
-        def execute_managed_notebook(cls, nb_man, kernel_name, report=None, **_):
+        def execute_managed_notebook(cls, nb_man, kernel_name, report=None, environment=None, **_):
+            nb_man.environment = environment or {}
             nb_man.report, nb_man.group, complete = report or (lambda **_: None), None, nb_man.cell_complete
 
             def cell_complete(cell, cell_index=None, **kwargs):
@@ -246,6 +251,7 @@ def execute(
     params: dict,  # papermill's parameters: plain values
     out,  # the executed notebook
     report=None,  # called with `kernel=…` once and `cell=…, cells=…` after every cell
+    environment=None,  # variables of the kernel, beside this process's own
 ) -> Path:
     "Run a notebook with papermill; what was executed is saved cell by cell."
     engine = _engine()
@@ -253,7 +259,7 @@ def execute(
     out = Path(out).absolute()
     out.parent.mkdir(parents=True, exist_ok=True)
     papermill.execute_notebook(str(experiment(notebook)), str(out), parameters=params, engine_name=engine,
-                               kernel_name="python3", progress_bar=False, report=report)
+                               kernel_name="python3", progress_bar=False, report=report, environment=environment)
     return out
 
 # %% ../nbs/15_runs.ipynb #baf332d3
@@ -323,6 +329,13 @@ def attempt(
         return _run(params, folder, notebook, force)
 
 # %% ../nbs/15_runs.ipynb #b705c2ae
+def _environment(recipe) -> dict:
+    "What torch must find in its environment when it starts."
+    portable = recipe["portable"] and platform.machine().lower() in ("x86_64", "amd64")
+    own = {"OMP_NUM_THREADS": str(recipe["threads"])} if recipe["threads"] else {}
+    return own | (PORTABLE if portable else {})
+
+
 def _run(params, folder, notebook, afresh) -> dict:
     "The run itself, its folder locked."
     for path in folder.iterdir() if afresh else [folder / "error.json"]:
@@ -339,7 +352,7 @@ def _run(params, folder, notebook, afresh) -> dict:
         report()
         open_folder(params, folder)
         given = {k: v for k, v in params.items() if k != "recipe"}
-        execute(notebook, given | dict(run_dir=str(folder)), folder / "train.ipynb", report)
+        execute(notebook, given | dict(run_dir=str(folder)), folder / "train.ipynb", report, _environment(params["recipe"]))
         if not (folder / "metrics.json").is_file():
             raise AevlpError("the notebook ended without writing metrics.json")
         report(state="done", ended=_now())

@@ -33,7 +33,19 @@ from safetensors.torch import load_file
 from safetensors.torch import save as tensor_bytes
 
 import aevlp
-from .data import AevlpError, LabelledImages, decode, epoch_order, image_loader, progress, replacing, sync, write_json
+from aevlp.data import (
+    AevlpError,
+    LabelledImages,
+    arithmetic,
+    decode,
+    epoch_order,
+    image_loader,
+    progress,
+    replacing,
+    sync,
+    threads,
+    write_json,
+)
 from .labelers import Batch, Labeler, build_labeler
 from .methods import build_objective
 from .methods import get as get_method
@@ -297,6 +309,7 @@ class Training:
         }
         self.accelerator = _accelerator(device, recipe, tracker_named(tracker), self.run_dir)
         self.device, self.main = self.accelerator.device, self.accelerator.is_main_process
+        self.settings["arithmetic"] = arithmetic() if self.device.type == "cpu" else torch.cuda.get_device_name(self.device)
         self.at = {"epoch": 1, "step": 0, "loss": 0.0, "seconds": 0.0, "epoch_seconds": 0.0, "history": [],
                    "best_epoch": 0, "best_map": -1.0, "stopped": False}  # fmt: skip
 
@@ -590,6 +603,7 @@ def finish(self: Training):
     start, at = time.monotonic(), self.at
     self.net.load_state_dict(load_file(self.run_dir / "best.safetensors"))
     probs, per_class, test_map = self.score("test")
+    val_probs = self.probabilities("val")
     history, best, last = at["history"], at["history"][at["best_epoch"] - 1], at["history"][-1]
     metrics = {
         "test_map": test_map,
@@ -603,11 +617,15 @@ def finish(self: Training):
         "seconds": round(at["seconds"] + time.monotonic() - start, 3),
         "images_per_second": _mean(r["images_per_second"] for r in history),
         "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
+        "arithmetic": self.settings["arithmetic"],
+        "threads": torch.get_num_threads(),
         "per_class": {} if per_class is None else dict(zip(self.data.class_names, per_class.tolist(), strict=True)),
     }
     if self.main:
         with replacing(self.run_dir / "predictions.npz") as file:
-            np.savez_compressed(file, ids=self.ids["test"], probs=probs.cpu().numpy(), targets=self.targets("test"))
+            kept = {"ids": self.ids["test"], "probs": probs.cpu().numpy(), "targets": self.targets("test")}
+            kept |= {"val_ids": self.ids["val"], "val_probs": val_probs.cpu().numpy(), "val_targets": self.targets("val")}
+            np.savez_compressed(file, **kept)
         write_json(self.run_dir / "metrics.json", metrics)
         shutil.rmtree(self.run_dir / "last")
     self.accelerator.wait_for_everyone()
@@ -628,7 +646,8 @@ def finished(self: Training):
     "The metrics of a run that is complete, None where there is something left to do."
     if not (self.run_dir / "metrics.json").exists():
         return None
-    self._refuse_other(_settings(self.run_dir / "best.safetensors"), self.run_dir)
+    made = _settings(self.run_dir / "best.safetensors")
+    self._refuse_other(made | {"arithmetic": self.settings["arithmetic"]}, self.run_dir)  # nothing is left to compute
     if self.main:
         shutil.rmtree(self.run_dir / "last", ignore_errors=True)  # left by a run killed after its last file
     return json.loads((self.run_dir / "metrics.json").read_text())
@@ -689,7 +708,7 @@ def fit(
     run.prepare_folder()
     if done := run.finished():
         return done
-    with deterministic(run.device.type == "cpu"):
+    with threads(recipe.threads), deterministic(run.device.type == "cpu"):
         run.build()
         run.resume()
         run.accelerator.init_trackers(aevlp.__name__, run.flat_settings())
