@@ -16,6 +16,7 @@ import stat
 import struct
 import time
 import warnings
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -288,15 +289,60 @@ def _check_splits(name, splits, n):
 
 
 def _fingerprint(data) -> str:
-    "Hash of name, classes, file names below their common folder, labels and splits."
-    root = os.path.commonpath({os.path.dirname(p) for p in data.paths}) if len(data) else ""
+    "Hash of name, classes, file names below their common folder, labels and splits; of own pictures their content too."
+    root = _root(data.paths)
     digest = hashlib.sha256(repr((data.name, data.class_names)).encode())
     digest.update("\n".join(p[len(root) :].lstrip("/") for p in data.paths).encode(errors="surrogateescape"))
     for labels in (data.observed, data.truth):
         digest.update(b"none" if labels is None else np.ascontiguousarray(labels).tobytes())
     for split in sorted(data.splits):
         digest.update(split.encode() + data.splits[split].astype("<i8").tobytes())
+    if data.own:
+        digest.update(data.pictures.encode())
     return digest.hexdigest()[:12]
+
+
+def _root(paths) -> str:
+    "The common folder of files."
+    return os.path.commonpath({os.path.dirname(p) for p in paths}) if len(paths) else ""
+
+
+def _stamp(path) -> tuple:  # whatever writes a file anew changes one of them
+    try:
+        found = os.stat(path)
+    except (OSError, ValueError):
+        return -1, -1, -1
+    return found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
+def _content(path) -> bytes:  # 16 bytes
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").digest()[:16]
+    except (OSError, ValueError):
+        return bytes(16)  # what is wrong with it, the decoder says
+
+
+def _contents(paths) -> np.ndarray:  # (N, 16) uint8
+    "Hashes of files, kept in `home()` until a file's size or time changes."
+    cache = home() / "pictures" / f"{hashlib.sha256(os.fsencode(_root(paths))).hexdigest()[:16]}.npz"
+    names, stamps = [hashlib.sha256(os.fsencode(p)).digest()[:16] for p in paths], [_stamp(p) for p in paths]
+    known = {}
+    with suppress(OSError, ValueError, KeyError, zipfile.BadZipFile):  # not there, or torn: computed anew
+        with np.load(cache) as kept:
+            rows = zip(kept["names"], kept["stamps"].tolist(), kept["contents"], strict=True)
+            known = {name.tobytes(): (tuple(stamp), content.tobytes()) for name, stamp, content in rows}
+    new = [i for i, name in enumerate(names) if known.get(name, ((), b""))[0] != stamps[i]]
+    for i in progress(new, "hashing pictures"):
+        known[names[i]] = stamps[i], _content(paths[i])
+    if new:
+        with suppress(OSError, AevlpError):  # a home that cannot be written costs the time again, nothing else
+            cache.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(cache) as file:
+                np.savez(file, names=np.frombuffer(b"".join(known), np.uint8).reshape(-1, 16),
+                         stamps=np.array([stamp for stamp, _ in known.values()], np.int64),
+                         contents=np.frombuffer(b"".join(c for _, c in known.values()), np.uint8).reshape(-1, 16))
+    return np.frombuffer(b"".join(known[name][1] for name in names), np.uint8).reshape(-1, 16)
 
 # %% ../nbs/03_data.ipynb #27a8fe0e
 @dataclass(frozen=True, eq=False)
@@ -307,9 +353,10 @@ class LabelledImages:
     paths: np.ndarray  # (N,) str, absolute
     class_names: tuple  # (C,) str
     observed: np.ndarray  # (N, C) int8: 1 observed positive, -1 observed negative, 0 unknown
-    truth: np.ndarray | None  # (N, C) int8 in {0, 1}
+    truth: np.ndarray | None  # (N, C) int8: 1 true, 0 false, -1 unknown; None where nothing is known
     splits: dict  # 'train', 'val', 'test' -> sorted int64 positions in 0..N-1
     extra: dict = field(default_factory=dict)  # 'object_area' (N, C) float, where known
+    own: bool = False  # pictures of the user's, that may change: known by their content
 
     def __post_init__(self):
         paths, classes = np.asarray(self.paths, dtype=str), tuple(map(str, self.class_names))
@@ -319,7 +366,7 @@ class LabelledImages:
         splits = {k: np.asarray(v, dtype=np.int64) for k, v in self.splits.items()}
         _check_splits(self.name, splits, len(paths))
         observed = _label_matrix(self.name, "observed", self.observed, shape, (-1, 0, 1))
-        truth = None if truth is None else _label_matrix(self.name, "truth", truth, shape, (0, 1))
+        truth = None if truth is None else _label_matrix(self.name, "truth", truth, shape, (-1, 0, 1))
         new = dict(paths=paths, class_names=classes, observed=observed, truth=truth, splits=splits)
         for key, value in new.items():
             object.__setattr__(self, key, value)
@@ -330,15 +377,28 @@ class LabelledImages:
     def targets(
         self,
         split: str,  # 'train', 'val' or 'test'
-    ) -> np.ndarray:  # (n, C) int8 in {0, 1}
-        "Truth of a split, its observed positives where the truth is unknown."
+    ) -> np.ndarray:  # (n, C) int8: 1, 0, and -1 where the truth has holes
+        "Truth of a split; its observed positives where there is no truth at all."
         known = (self.observed == 1).astype(np.int8) if self.truth is None else self.truth
         return known[self.splits[split]]
+
+    def clean(
+        self,
+        split: str,  # 'train', 'val' or 'test'
+    ) -> np.ndarray:  # (n,) bool
+        "Which pictures of a split have every label known."
+        ids = self.splits.get(split, np.empty(0, np.int64))
+        return np.zeros(len(ids), bool) if self.truth is None else (self.truth[ids] >= 0).all(1)
 
     @cached_property
     def fingerprint(self) -> str:  # 12 hexadecimal digits
         "The same for the same data set, wherever its folder is."
         return _fingerprint(self)
+
+    @cached_property
+    def pictures(self) -> str:  # 12 hexadecimal digits
+        "What the pictures are, in their order: a hash of the files; of a benchmark, which does not change, the fingerprint."
+        return hashlib.sha256(_contents(self.paths).tobytes()).hexdigest()[:12] if self.own else self.fingerprint
 
 # %% ../nbs/03_data.ipynb #34d70dd8
 @patch
@@ -346,7 +406,7 @@ def summary(self: LabelledImages) -> pd.DataFrame:
     "One row per split: images, positives an image, rows without positive, observed positives an image."
     rows = []
     for split, ids in self.splits.items():
-        targets, seen = self.targets(split), self.observed[ids] == 1
+        targets, seen = self.targets(split) == 1, self.observed[ids] == 1
         rows.append(
             {
                 "split": split,
@@ -401,7 +461,7 @@ def _weights(data, how, scores) -> np.ndarray:  # (N, C) float64
     "What the choice among an image's positives follows."
     shape = data.truth.shape
     if how == "frequency":
-        return np.broadcast_to(data.targets("train").sum(0, dtype=np.float64), shape)
+        return np.broadcast_to((data.targets("train") == 1).sum(0, dtype=np.float64), shape)
     given, what = (scores, "scores") if how == "confidence" else (data.extra.get("object_area"), "extra['object_area']")
     if given is None:
         raise AevlpError(f"{data.name}: observing by {how} needs {what} of shape {shape}, which is missing")
@@ -452,7 +512,7 @@ def observe(
             observed[ids] = sample_single_positives(data.truth[ids], seed, k)
         elif how == "fraction":
             seen = rng.random(truth.shape) < np.where(truth, positive_fraction, negative_fraction)
-            observed[ids] = np.where(seen, np.where(truth, 1, -1), 0)
+            observed[ids] = np.where(seen & (data.truth[ids] >= 0), np.where(truth, 1, -1), 0)
         elif how == "confidence":
             observed[ids] = _most_confident(truth, weights[ids], k)
         else:

@@ -1,6 +1,7 @@
 """Decoding against Pillow's transposition, draws against loops with numpy's legacy generator, loading with workers."""
 
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from PIL import Image, ImageOps
 from aevlp.data import (
     AevlpError,
     LabelledImages,
+    _content,
     _pool,
     decode,
     epoch_order,
@@ -249,7 +251,7 @@ def test_wrong_observations_are_refused(change, says):
     [
         ({"observed": np.zeros((600, 5))}, "shape"),
         ({"observed": np.full((600, 6), 2)}, "row 0, column 0"),
-        ({"truth": np.full((600, 6), -1)}, "allowed are"),
+        ({"truth": np.full((600, 6), -2)}, "allowed are"),
         ({"truth": np.full((600, 6), np.nan)}, "nan"),
         ({"class_names": ["a"] * 6}, "class names"),
         ({"splits": {"dev": [0]}}, "dev"),
@@ -282,6 +284,55 @@ def test_fingerprint_follows_content_and_not_place():
     renamed = replace(data, paths=[*data.paths[:-1], "/somewhere/other.png"])
     others = [replace(data, truth=truth), replace(data, name="y"), renamed, replace(data, splits={"train": [0]})]
     assert len({d.fingerprint for d in [data, *others]}) == 5
+
+
+def test_an_unknown_truth_is_neither_drawn_nor_clean():
+    data = labelled()
+    truth = data.truth.copy()
+    truth[::3, 2] = -1
+    data = replace(data, truth=truth)
+    val = data.splits["val"]
+    assert data.clean("val").tolist() == [i % 3 > 0 for i in val]
+    assert not replace(data, truth=None).clean("val").any() and len(data.clean("test")) == len(data.splits["test"])
+    assert np.array_equal(data.targets("val"), truth[val])
+    assert np.array_equal(observe(data).observed[:450], legacy_draw(truth[:450]))
+    everything = observe(data, "fraction", positive_fraction=1, negative_fraction=1).observed
+    assert np.array_equal(everything, np.select([truth == 1, truth == 0], [1, -1], 0))
+    assert data.summary().loc["val", "positives per image"] == round(float((truth[val] == 1).sum(1).mean()), 2)
+
+
+def test_own_pictures_are_known_by_their_content(tmp_path, monkeypatch):
+    monkeypatch.setenv("AEVLP_HOME", str(tmp_path / "home"))
+    read = []
+    monkeypatch.setattr("aevlp.data._content", lambda path, real=_content: read.append(Path(path).name) or real(path))
+
+    def there(folder):
+        paths = [str(folder / f"{i}.bmp") for i in range(4)]
+        return LabelledImages("own", paths, "a", np.ones((4, 1)), None, {"train": np.arange(4)}, own=True)
+
+    one, two = tmp_path / "one", tmp_path / "two"
+    one.mkdir()
+    for i in range(4):
+        Image.new("RGB", (8, 8), (i, 0, 0)).save(one / f"{i}.bmp")
+    first = there(one)
+    assert first.pictures == there(one).pictures and sorted(read) == [f"{i}.bmp" for i in range(4)]  # hashed once
+    shutil.copytree(one, two)
+    assert there(two).fingerprint == first.fingerprint  # wherever they lie
+    read.clear()
+    was = os.stat(one / "2.bmp")
+    Image.new("RGB", (8, 8), (9, 0, 0)).save(one / "2.bmp")
+    os.utime(one / "2.bmp", ns=(was.st_atime_ns, was.st_mtime_ns))
+    assert os.stat(one / "2.bmp").st_size == was.st_size  # the same size and time, another picture
+    assert there(one).pictures != first.pictures and there(one).fingerprint != first.fingerprint and read == ["2.bmp"]
+    shutil.copy(two / "2.bmp", one / "2.bmp")
+    assert there(one).fingerprint == first.fingerprint
+    (one / "3.bmp").unlink()
+    assert there(one).pictures != first.pictures
+    next((tmp_path / "home/pictures").iterdir()).write_bytes(b"torn")
+    assert there(two).fingerprint == first.fingerprint
+    official = replace(first, own=False)
+    read.clear()
+    assert official.pictures == official.fingerprint and not read
 
 
 @pytest.fixture
