@@ -537,6 +537,7 @@ PORTABLE = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_CB
 
 def arithmetic() -> str:  # 'portable', or 'native' with the instructions in use, as 'native AVX512'
     "Which kernels this process computes with on the CPU: torch reads `PORTABLE` from the environment when it starts."
+    import torch
     chosen = all(os.environ.get(name) == value for name, value in PORTABLE.items())
     kernels = torch.backends.cpu.get_cpu_capability()
     return "portable" if chosen and kernels == "AVX2" else f"native {kernels}"
@@ -547,6 +548,7 @@ def threads(
     count: int,  # 0: leave it as it is
 ):
     "So many threads for torch inside the `with`, whatever the environment says."
+    import torch
     before = torch.get_num_threads()
     torch.set_num_threads(count or before)
     try:
