@@ -28,7 +28,7 @@ def test_evaluation_views_are_half_enlarged_and_nothing_is_drawn():
             for column in range(3):
                 left, top = max(0, width * (column - 0.1) / 3), max(0, height * (row - 0.1) / 3)
                 right, bottom = min(width, width * (column + 1.1) / 3), min(height, height * (row + 1.1) / 3)
-                wanted.append([np.floor(left + 1e-6), np.floor(top + 1e-6), np.ceil(right - 1e-6), np.ceil(bottom - 1e-6)])
+                wanted.append([*np.floor([left + 1e-6, top + 1e-6]), *np.ceil([right - 1e-6, bottom - 1e-6])])
         assert boxes == wanted
     alone = evaluation_plan(SIZES[2:3], settings)
     assert torch.equal(alone.boxes[0], plan.boxes[2])
@@ -38,7 +38,7 @@ def test_evaluation_views_are_half_enlarged_and_nothing_is_drawn():
 def test_without_overlap_they_are_the_plain_patches_of_training(grid):
     settings = ViewSettings(grid=grid, overlap=0, augment="none")
     plan, drawn = evaluation_plan(SIZES, settings), view_plan(range(len(SIZES)), SIZES, settings, 3, 4)
-    assert torch.equal(plan.boxes, drawn.boxes) and torch.equal(plan.flip, drawn.flip) and torch.equal(plan.op, drawn.op)
+    assert all(torch.equal(getattr(plan, k), getattr(drawn, k)) for k in ("boxes", "flip", "op"))
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +89,10 @@ def test_a_bank_that_a_killed_writer_left_is_filled(data, made, tmp_path):
 
 def test_evaluation_views_share_a_bank_where_nothing_of_theirs_differs(data, made, tmp_path):
     clip = load_clip("tiny-labeler", "none")
-    opened = lambda split, seed=0, **changes: open_bank(data, split, clip, view_settings(made(**changes), clip), seed, tmp_path).folder  # noqa: E731
+
+    def opened(split, seed=0, **changes):
+        return open_bank(data, split, clip, view_settings(made(**changes), clip), seed, tmp_path).folder
+
     assert opened("val") == opened("val", seed=1) == opened("val", augment="flip") != opened("test")
     assert opened("train") != opened("train", seed=1) and opened("val") != opened("val", grid=3)
 

@@ -234,3 +234,132 @@ def test_the_papers_architecture():
     assert clip.encode_images(torch.zeros(2, 3, 224, 224)).shape == (2, 512)
     assert text_prototypes(clip, [f"class {i}" for i in range(20)], neighbours=20).shape == (20, 512)
     assert isinstance(clip, Clip)
+
+
+VISION = dict(  # timm: how SigLIP is built
+    vit=dict(image_size=32, layers=3, width=32, patch_size=8, head_width=16),
+    resnet=dict(image_size=64, layers=[1, 1, 1, 1], width=8, head_width=32),
+    timm=dict(image_size=160, timm_model_name="test_vit", timm_pool="map", timm_proj="none"),
+    coca=dict(image_size=32, layers=1, width=32, patch_size=8, attentional_pool=True, attn_pooler_heads=2),
+    mean=dict(image_size=32, layers=1, width=32, patch_size=8, head_width=16, pool_type="avg"),
+)
+
+
+@pytest.fixture(scope="module")
+def towers(tmp_path_factory):
+    """Clips with random weights, some positions, and the file of their weights."""
+    from safetensors.torch import save_file
+
+    folder = tmp_path_factory.mktemp("towers")
+    text = dict(context_length=16, vocab_size=512, width=32, heads=2, layers=1)
+
+    def make(kind, **kwargs):
+        name = f"tokens-{kind}"
+        if not (folder / f"{name}.json").exists():
+            width = 64 if kind == "timm" else 24
+            config = dict(embed_dim=width, vision_cfg=VISION[kind], text_cfg=text)
+            (folder / f"{name}.json").write_text(json.dumps(config))
+            open_clip.add_model_config(folder / f"{name}.json")
+            torch.manual_seed(5)
+            model = open_clip.create_model(name, load_weights=False)
+            save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / f"{name}.safetensors")
+        if "force_image_size" in kwargs:
+            return open_clip.create_model(name, pretrained=str(folder / f"{name}.safetensors"), **kwargs).eval()
+        return load_clip(name, folder / f"{name}.safetensors", **kwargs)
+
+    return make
+
+
+def loop_tokens(tower, pixels, rule):
+    """The last block of a ViT token by token in float64: (n, K) for one picture."""
+    tower = tower.double()
+    x = tower._embeds(pixels.double()[None])
+    for block in tower.transformer.resblocks[:-1]:
+        x = block(x)
+    last, x = tower.transformer.resblocks[-1], x[0]
+    inside = last.ln_1(x) @ last.attn.in_proj_weight.T + last.attn.in_proj_bias
+    q, k, v = inside.chunk(3, -1)
+    width, out = q.shape[1] // last.attn.num_heads, torch.zeros_like(x)
+    for i in range(len(x)):
+        for h in range(last.attn.num_heads):
+            own = slice(h * width, (h + 1) * width)
+            if rule == "maskclip":
+                out[i, own] = v[i, own]
+            else:
+                for left, right in {"sclip": ((q, q), (k, k)), "plain": ((q, k),)}[rule]:
+                    weights = torch.stack([left[i, own] @ right[j, own] for j in range(len(x))]) / width**0.5
+                    out[i, own] += sum(w * v[j, own] for j, w in enumerate(weights.softmax(0)))
+    x = x + out @ last.attn.out_proj.weight.T + last.attn.out_proj.bias
+    x = x + last.mlp(last.ln_2(x))
+    return (tower.ln_post(x) @ tower.proj)[1:]
+
+
+@pytest.mark.parametrize("rule", vlm.TOKEN_RULES)
+@torch.no_grad()
+def test_a_vits_tokens_are_those_of_a_plain_loop(towers, rule):
+    clip, pixels = towers("vit"), torch.randn(2, 3, 32, 32)
+    whole, tokens = clip.encode_tokens(pixels, rule)
+    assert tokens.shape == (2, 4, 4, 24) and clip.token_grid() == 4
+    expected = torch.stack([loop_tokens(towers("vit").model.visual, p, rule) for p in pixels])
+    expected = torch.nn.functional.normalize(expected, dim=-1).float()
+    torch.testing.assert_close(tokens.flatten(1, 2), expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(whole, clip.encode_images(pixels), atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_an_unchanged_last_block_gives_the_towers_own_tokens(towers):
+    clip, pixels = towers("vit"), torch.randn(3, 3, 32, 32)
+    made = vlm.dense_tokens(clip.model.visual, pixels, "plain")[1].flatten(1, 2)
+    clip.model.visual.output_tokens = True
+    _, own = clip.model.visual(pixels)
+    torch.testing.assert_close(made, own @ clip.model.visual.proj, atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_a_resnets_tokens_are_value_and_output_of_every_place(towers):
+    clip, pixels = towers("resnet"), torch.randn(2, 3, 96, 64)
+    tower = clip.model.visual
+    made = vlm.dense_tokens(tower, pixels)[1]
+    assert made.shape == (2, 3, 2, 24)
+    last = tower.forward_intermediates(pixels, indices=1, intermediates_only=True)["image_intermediates"][-1].double()
+    pool = tower.attnpool.double()
+    for b, row, column in np.ndindex(2, 3, 2):
+        value = pool.v_proj.weight @ last[b, :, row, column] + pool.v_proj.bias
+        expected = pool.c_proj.weight @ value + pool.c_proj.bias
+        torch.testing.assert_close(made[b, row, column].double(), expected, atol=1e-5, rtol=1e-4)
+    clip, square = towers("resnet"), torch.randn(2, 3, 64, 64)
+    torch.testing.assert_close(clip.encode_tokens(square)[0], clip.encode_images(square), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("size", [24, 48, 64])
+@torch.no_grad()
+def test_other_sizes_are_those_of_force_image_size(towers, size):
+    clip, other = towers("vit"), towers("vit", force_image_size=size).visual
+    pixels = torch.randn(2, 3, size, size)
+    whole, tokens = vlm.dense_tokens(clip.model.visual, pixels, "plain")
+    other.output_tokens = True
+    expected, own = other(pixels)
+    torch.testing.assert_close(whole, expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(tokens.flatten(1, 2), own @ other.proj, atol=1e-5, rtol=1e-4)
+
+
+def test_tokens_under_autocast_are_near_and_chunks_change_nothing(towers, monkeypatch):
+    pixels = torch.randn(9, 3, 48, 48)
+    exact, near = towers("vit").encode_tokens(pixels), towers("vit", precision="bf16").encode_tokens(pixels)
+    for one, other in zip(exact, near, strict=True):
+        assert 0.99 < (one * other).sum(-1).min() < 1 - 1e-7 and other.dtype == torch.float32
+    monkeypatch.setattr(vlm, "_CHUNK", 4 * 48**2)
+    for one, other in zip(exact, towers("vit").encode_tokens(pixels), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["timm", "coca", "mean"])
+def test_towers_without_tokens_are_refused_by_name(towers, kind):
+    clip = towers(kind)
+    with pytest.raises(AevlpError, match=f"tokens-{kind} has no dense tokens") as e:
+        clip.encode_tokens(torch.randn(1, 3, clip.image_size, clip.image_size))
+    assert "\n" not in str(e.value)
+    with pytest.raises(AevlpError, match="one of sclip, maskclip, plain"):
+        towers("vit").encode_tokens(torch.randn(1, 3, 32, 32), "clap")
+    with pytest.raises(AevlpError, match="no multiple of 8"):
+        towers("vit").encode_tokens(torch.randn(1, 3, 30, 30))
