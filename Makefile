@@ -5,7 +5,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test soak docs lab app bench export clean
+.PHONY: demo test digits soak docs lab app bench export clean
 .DEFAULT_GOAL := demo
 
 $(READY): constraints.txt settings.ini setup.py pyproject.toml
@@ -22,6 +22,9 @@ demo: $(READY)   ## the whole method on the embedded benchmark: pictures in figu
 
 test: $(READY)   ## every notebook and every test
 	$(BIN)/python -m pytest -n 2 -m "not slow"
+
+digits: $(READY) ## the expected digits of the embedded benchmark, for 1, 2 and 4 threads
+	$(BIN)/python -m pytest tests/test_digits.py
 
 soak: $(READY)   ## kill tests and the 200-run sweep; their figures in benchmarks/soak.json
 	$(BIN)/python -m pytest -m slow -s
