@@ -1,14 +1,18 @@
-"""Average precision against scikit-learn, torchmetrics and a loop; pseudo-label quality against a loop."""
+"""Average precision against scikit-learn, torchmetrics and a loop; single positives against scikit-learn and scipy."""
 
 import math
+import subprocess
+import sys
 import time
 
 import numpy as np
 import pytest
 import torch
-from sklearn.metrics import average_precision_score
+from scipy.stats import rankdata
+from sklearn.metrics import average_precision_score, roc_auc_score
 from torchmetrics.functional.classification import multilabel_average_precision
 
+from aevlp import metrics
 from aevlp.metrics import PseudoLabelMeter, average_precision, mean_average_precision, pseudo_label_quality
 
 
@@ -166,3 +170,141 @@ def test_nothing_to_measure_is_nan():
     assert all(math.isnan(v) for v in PseudoLabelMeter(None, observed).end_epoch().values())
     row = PseudoLabelMeter(truth, observed).end_epoch()
     assert math.isnan(row["precision"]) and math.isnan(row["negative_precision"]) and row["recall"] == 0
+
+
+def holes(seed, n=60, classes=5):
+    """Scores with ties, targets of which a third is unknown."""
+    rng = np.random.default_rng(seed)
+    scores, targets = rng.random((n, classes)).round(1), rng.integers(0, 2, (n, classes))
+    targets[rng.random((n, classes)) < 1 / 3] = -1
+    targets[:2] = [[0], [1]]
+    return scores, targets
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_unknown_targets_are_left_out_of_their_class(seed):
+    scores, targets = holes(seed)
+    known = [t >= 0 for t in targets.T]
+    expected = [average_precision_score(t[k], s[k]) for t, s, k in zip(targets.T, scores.T, known, strict=True)]
+    assert average_precision(scores, targets).numpy() == pytest.approx(expected)
+    assert average_precision(scores, torch.tensor(targets).to(torch.int8)).numpy() == pytest.approx(expected)
+
+
+def test_positives_alone_are_no_truth():
+    scores = np.random.default_rng(0).random((20, 3))
+    targets = np.full((20, 3), -1)
+    targets[:5, 0] = targets[:5, 1] = 1
+    targets[5, 1] = 0  # the one known negative
+    found = average_precision(scores, targets, math.nan)
+    assert found[0].isnan() and found[2].isnan()
+    assert found[1].item() == pytest.approx(average_precision_score(targets[:6, 1], scores[:6, 1]))
+    assert metrics.map_interval(scores, targets, math.nan)[0] == pytest.approx(100 * found[1].item())
+    assert metrics.map_interval(scores, np.full((20, 3), -1), math.nan) is None
+
+
+def one_label(seed, n=50, classes=6, several=False):
+    """Scores with ties; one observed positive in most rows, and none of the last class."""
+    rng = np.random.default_rng(seed)
+    observed = np.zeros((n, classes), int)
+    observed[np.arange(n), rng.integers(0, classes - 1, n)] = 1
+    observed[-3:] = -1
+    if several:
+        observed[:20][rng.random((20, classes)) < 0.3] = 1
+        observed[:, -1] = 0
+    return rng.random((n, classes)).round(1), observed
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_auc_observed_equals_scikit_learn(seed):
+    scores, observed = one_label(seed, several=seed % 2)
+    found = metrics.auc_observed(scores, observed)
+    given = [c for c in range(6) if (observed[:, c] == 1).any()]
+    assert found[given] == pytest.approx([roc_auc_score(observed[:, c] == 1, scores[:, c]) for c in given])
+    assert np.isnan(found[-1]) and np.isnan(metrics.auc_observed(scores, np.ones_like(observed))).all()
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_ranks_equal_scipy_and_recall_equals_every_order_of_the_ties(several):
+    scores, observed = one_label(3, several=several)
+    for row, (s, o) in enumerate(zip(scores, observed, strict=True)):
+        given = np.flatnonzero(o == 1)
+        ranks = rankdata(-s)
+        expected = ranks[given].mean() if len(given) else math.nan
+        assert metrics.rank_of_given(scores, observed)[row] == pytest.approx(expected, nan_ok=True)
+        for k in (1, 3, 5):
+            hits = []
+            for c in given:
+                above, level = sum(s > s[c]), sum(s == s[c])
+                places = [above + 1 + i for i in range(level)]  # a fair draw among those that score the same
+                hits.append(sum(p <= k for p in places) / level)
+            expected = np.mean(hits) if hits else math.nan
+            assert metrics.recall_at(k, scores, observed)[row] == pytest.approx(expected, nan_ok=True)
+
+
+def test_a_drawn_picture_counts_as_often_as_it_was_drawn():
+    """Every draw of the interval against scikit-learn on the repeated rows."""
+    scores, targets = holes(0, n=25)
+    weights = metrics.bootstrap_weights(25, 20, seed=3)
+    aps = metrics._classes(metrics._weighted_ap, scores, targets == 1, targets != -1, weights)
+    aucs = metrics.auc_observed(scores, targets, weights)
+    for b in range(21):
+        rows = np.repeat(np.arange(25), weights[:, b].astype(int))
+        for c in range(5):
+            known = rows[targets[rows, c] >= 0]
+            s, t = scores[known, c], targets[known, c]
+            expected = average_precision_score(t, s) if t.any() else math.nan
+            assert aps[c, b] == pytest.approx(expected, nan_ok=True)
+            positive = targets[rows, c] == 1
+            expected = roc_auc_score(positive, scores[rows, c]) if positive.any() and not positive.all() else math.nan
+            assert aucs[c, b] == pytest.approx(expected, nan_ok=True)
+
+
+def test_intervals_are_repeatable_and_as_wide_as_the_standard_error_says():
+    rng = np.random.default_rng(0)
+    scores, observed = rng.random((900, 8)), np.eye(8, dtype=int)[rng.integers(0, 8, 900)]
+    found = metrics.single_positive(scores, observed)
+    assert found == metrics.single_positive(torch.tensor(scores), torch.tensor(observed))
+    assert found != metrics.single_positive(scores, observed, seed=1)
+    hits = metrics.recall_at(3, scores, observed)
+    value, low, high = found["recall@3"]
+    assert value == pytest.approx(100 * hits.mean()) and low < value < high
+    assert high - low == pytest.approx(100 * 2 * 1.96 * hits.std() / 30, rel=0.15)
+    rank = found["mean_rank"]
+    spread = metrics.rank_of_given(scores, observed).std()
+    assert rank[2] - rank[1] == pytest.approx(2 * 1.96 * spread / 30, rel=0.15)
+    assert found["auc_observed"][0] == pytest.approx(100 * np.mean(metrics.auc_observed(scores, observed)))
+    assert metrics.single_positive(scores, observed, replicates=0)["recall@1"][1:] == [None, None]
+
+
+@pytest.mark.parametrize("empty", [0.0, math.nan])
+def test_the_interval_of_map_is_around_map(empty):
+    scores, targets = holes(1)
+    targets = np.concatenate([targets, np.zeros((60, 1), int)], 1)
+    scores = np.concatenate([scores, scores[:, :1]], 1)
+    value, low, high = metrics.map_interval(scores, targets, empty)
+    assert value == pytest.approx(mean_average_precision(scores, targets, empty)) and 0 <= low < value < high <= 100
+    if empty == 0:  # one more class that is 0 in every draw
+        wide = metrics.map_interval(scores, targets, math.nan)
+        assert [value, low, high] == pytest.approx([5 / 6 * v for v in wide])
+
+
+def test_of_nothing_nothing_is_said():
+    scores = np.random.default_rng(0).random((10, 3))
+    assert set(metrics.single_positive(scores, np.zeros((10, 3), int)).values()) == {None}
+    assert set(metrics.single_positive(scores[:0], np.zeros((0, 3), int)).values()) == {None}
+    assert metrics.map_interval(scores[:0], np.zeros((0, 3), int), math.nan) is None
+    with pytest.raises(ValueError, match="images, classes"):
+        metrics.recall_at(1, scores, np.zeros((3, 10)))
+
+
+def test_pseudo_labels_are_judged_where_the_truth_is_known():
+    truth, observed, draw = example(4)
+    pseudo, hidden = draw(), torch.rand(truth.shape, generator=torch.Generator().manual_seed(0)) < 0.4
+    partial = torch.where(hidden, -1, truth)
+    seen_as_given = torch.where(hidden, 1, observed)  # what is unknown counts as little as what is given
+    assert pseudo_label_quality(pseudo, observed, partial) == pytest.approx(loop_quality(pseudo, seen_as_given, truth))
+
+
+def test_words_and_headlines_need_no_torch():
+    code = "import sys, aevlp.metrics as m; assert m.headline({'test_map': 1})[0] == 'map' and 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
