@@ -12,6 +12,7 @@ __all__ = ['app', 'data_app', 'bank_app', 'Dataset', 'Root', 'Csv', 'Seeds', 'Se
 import json
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -220,6 +221,8 @@ def predict(run: Run, images: Annotated[list[Path], typer.Argument(help="Files a
             as_json: Json = False):
     "Probabilities and labels of new pictures."
     from aevlp import deploy
+    if out:
+        deploy.prediction_files(out)
     table = deploy.predict(run, images, threshold)
     for path in deploy.save_predictions(table, out) if out else ():
         typer.echo(path, err=as_json)
@@ -333,10 +336,18 @@ def voila(images: Images = None, csv: Csv = None, run: On = None, review: Review
     _serve("voila", _page(images, csv, run, review, out), port, browser)
 
 # %% ../nbs/17_cli.ipynb #e48d307f
+def _warn(message, category, filename, lineno, file=None, line=None):
+    "A warning of ours is a line; another one is as Python writes it."
+    ours = category.__name__ == "AevlpWarning"
+    shown = f"aevlp: {' '.join(str(message).split())}\n" if ours else warnings.formatwarning(message, category, filename, lineno, line)
+    sys.stderr.write(shown)
+
+
 def main(
     arguments=None,  # default those of the process
 ):
     "The console script."
+    warnings.showwarning = _warn
     try:
         app(arguments)
     except BrokenPipeError:  # `aevlp results | head`

@@ -63,9 +63,9 @@ def png(
     dpi=100, # dots per inch
     quick=False, # compress less: a larger file in two thirds of the time
 ) -> bytes: # PNG file, the same bytes for the same figure
-    "The figure as PNG."
+    "The figure as PNG, which says that aevlp drew it."
     out = BytesIO()
-    with style(): fig.savefig(out, format='png', dpi=dpi, metadata={'Software': None}, pil_kwargs={'compress_level': 1 if quick else 6})
+    with style(): fig.savefig(out, format='png', dpi=dpi, metadata={'Software': 'aevlp'}, pil_kwargs={'compress_level': 1 if quick else 6})
     return out.getvalue()
 
 

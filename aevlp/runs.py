@@ -37,7 +37,7 @@ from fastcore.basics import patch
 from filelock import FileLock, Timeout
 
 import aevlp
-from . import benchmarks, recipes, registry
+from . import benchmarks, outcome, recipes, registry
 from .data import PORTABLE, AevlpError, _checkout, nearest, write_json, write_text
 
 # %% ../nbs/15_runs.ipynb #eda3eb96
@@ -133,8 +133,8 @@ def run_name(
 # %% ../nbs/15_runs.ipynb #99f90097
 def _read_json(path) -> dict:
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):  # not there, or torn by a crash of the machine: as if not there
+        return outcome.read_json(path)
+    except AevlpError:  # torn by a crash of the machine: as if not there
         return {}
 
 
@@ -198,12 +198,18 @@ def provenance() -> dict:
 def _engine() -> str:
     "Register our papermill engine, and give its name; papermill takes seconds to import, so only now."
     from jupyter_client import AsyncKernelManager
+    from jupyter_client.kernelspec import KernelSpecManager
     from papermill.clientwrap import PapermillNotebookClient
     from papermill.engines import NBClientEngine, papermill_engines
     from papermill.log import logger
+    from traitlets import default
     from traitlets.config import Config
 
     class Manager(AsyncKernelManager):
+        @default("kernel_spec_manager")
+        def _ours(self):  # no folder is searched: the kernel is this interpreter, whatever `python3` means to Jupyter
+            return KernelSpecManager(kernel_dirs=[])
+
         async def _async_interrupt_kernel(self):  # not before the request to end: a kernel busy with its last answer prints it
             if not self.shutting_down:
                 await super()._async_interrupt_kernel()
@@ -324,6 +330,10 @@ def attempt(
             return dict(run=name, state="busy", error=None)
         said = status(folder)
         if said["state"] == "done" and not force:
+            try:
+                outcome.read_json(folder / "metrics.json")
+            except AevlpError as e:
+                return dict(run=name, state="failed", error=str(e))
             return dict(run=name, state="reused", error=None)
         _end_kernel(said)
         return _run(params, folder, notebook, force)
@@ -540,15 +550,19 @@ def find(
 def _row(folder) -> dict:
     "One run as a flat row: parameters, recipe, metrics, status."
     params, said = read_params(folder), status(folder)
-    metrics = {k: v for k, v in _read_json(folder / "metrics.json").items() if not isinstance(v, (dict, list))}
+    metrics, error = {}, _read_json(folder / "error.json").get("error")
+    try:
+        outcome.read_json(folder / "status.json")
+        metrics = {k: v for k, v in outcome.read_json(folder / "metrics.json").items() if not isinstance(v, (dict, list))}
+    except AevlpError as e:
+        said, error = said | {"state": "unreadable"}, str(e)
     outer = {k: v for k, v in params.items() if k not in ("recipe", "overrides")}
     overrides = " ".join(f"{k}={v}" for k, v in (params.get("overrides") or {}).items())
     observation = outer.pop("observation", None)
     return dict(run=folder.name, state=said["state"], key=run_key(params), **outer, overrides=overrides,
                 observation=observation if isinstance(observation, (str, type(None))) else json.dumps(observation),
                 **params["recipe"], **{k: v for k, v in metrics.items() if k not in params["recipe"] and k not in outer},
-                wall=said.get("seconds"), ended=said.get("ended"), error=_read_json(folder / "error.json").get("error"),
-                folder=str(folder))
+                wall=said.get("seconds"), ended=said.get("ended"), error=error, folder=str(folder))
 
 
 def frame(

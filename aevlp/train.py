@@ -33,6 +33,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as tensor_bytes
 
 import aevlp
+from . import outcome
 from aevlp.data import (
     AevlpError,
     LabelledImages,
@@ -622,10 +623,7 @@ def finish(self: Training):
         "per_class": {} if per_class is None else dict(zip(self.data.class_names, per_class.tolist(), strict=True)),
     }
     if self.main:
-        with replacing(self.run_dir / "predictions.npz") as file:
-            kept = {"ids": self.ids["test"], "probs": probs.cpu().numpy(), "targets": self.targets("test")}
-            kept |= {"val_ids": self.ids["val"], "val_probs": val_probs.cpu().numpy(), "val_targets": self.targets("val")}
-            np.savez_compressed(file, **kept)
+        outcome.write(self.run_dir, self.data, {"test": probs.cpu().numpy(), "val": val_probs.cpu().numpy()})
         write_json(self.run_dir / "metrics.json", metrics)
         shutil.rmtree(self.run_dir / "last")
     self.accelerator.wait_for_everyone()
@@ -650,7 +648,7 @@ def finished(self: Training):
     self._refuse_other(made | {"arithmetic": self.settings["arithmetic"]}, self.run_dir)  # nothing is left to compute
     if self.main:
         shutil.rmtree(self.run_dir / "last", ignore_errors=True)  # left by a run killed after its last file
-    return json.loads((self.run_dir / "metrics.json").read_text())
+    return outcome.read_json(self.run_dir / "metrics.json")
 
 
 @patch
