@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['app', 'data_app', 'bank_app', 'Dataset', 'Root', 'Csv', 'Seeds', 'Set', 'Json', 'Fidelity', 'Workers', 'Run',
            'Tracker', 'Port', 'Browser', 'Images', 'On', 'Review', 'Out', 'demo', 'train', 'sweep', 'results', 'report',
-           'figure', 'methods', 'recipe', 'data_check', 'data_fetch', 'bank_ls', 'bank_verify', 'bank_rm', 'predict',
-           'export', 'card', 'lab', 'voila', 'main']
+           'compare', 'figure', 'methods', 'recipe', 'data_check', 'data_fetch', 'bank_ls', 'bank_verify', 'bank_rm',
+           'predict', 'export', 'card', 'lab', 'voila', 'main']
 
 # %% ../nbs/17_cli.ipynb #ac8d8126
 import json
@@ -134,13 +134,28 @@ def results(dataset: Annotated[Optional[str], typer.Option(help="Only this data 
     _show(shown, as_json, index=False)
 
 
-@app.command(epilog=_example("report table1", "report table1 --dataset voc --root DIR"))
-def report(spec: Annotated[str, typer.Argument(help="A YAML file, or the name of a shipped sweep.")],
-           dataset: Annotated[Optional[str], typer.Option(help="Instead of those in the file.")] = None, root: Root = None,
+@app.command(epilog=_example("report glyphs-aevlp-s0", "report table1 --dataset voc --root DIR"))
+def report(name: Annotated[str, typer.Argument(metavar="RUN|SWEEP", help="A run, or a sweep: a YAML file or table1 … figure3.")],
+           dataset: Annotated[Optional[str], typer.Option(help="Instead of those of the sweep.")] = None, root: Root = None,
            csv: Csv = None, seeds: Seeds = None, out: Annotated[Optional[Path], typer.Option(help="The page.")] = None):
-    "One HTML page of a sweep: tables, significance, figures, failures."
-    from aevlp import results
-    typer.echo(results.report(spec, dataset, root, csv, _numbers(seeds), out=out))
+    "One HTML page that can be mailed: how good a run is and where it fails, or the tables of a sweep."
+    from aevlp import report as pages
+    typer.echo(pages.of(name, dataset, root, csv, _numbers(seeds), out))
+
+
+@app.command(epilog=_example("compare glyphs-an-s0 glyphs-aevlp-s0", "compare RUN RUN --out difference.html"))
+def compare(names: Annotated[list[str], typer.Argument(metavar="RUN RUN …", help="Names of runs, their beginnings, or folders.")],
+            out: Annotated[Optional[Path], typer.Option(help="An HTML page too.")] = None, as_json: Json = False):
+    "What differs between runs: settings, results, classes; paired over seeds and over pictures."
+    from aevlp import report as pages
+    found = pages.compare(names)
+    if as_json:
+        typer.echo(json.dumps({k: json.loads(v.reset_index().to_json(orient="records")) for k, v in found.items()}, indent=1))
+    for key, table in found.items() if not as_json else ():
+        if len(table):
+            typer.echo(f"{pages.TITLES[key]}\n{table.round(2).to_string(na_rep='–')}\n")
+    if out:
+        typer.echo(pages.compared_page(found, out), err=as_json)
 
 
 @app.command(epilog=_example("figure figure2", "figure table1 --dataset voc --root DIR"))
@@ -227,7 +242,10 @@ def predict(run: Run, images: Annotated[list[Path], typer.Argument(help="Files a
     for path in deploy.save_predictions(table, out) if out else ():
         typer.echo(path, err=as_json)
     if as_json or not out:
-        _show(table if as_json else table[["image", "labels"]], as_json, index=False)
+        if as_json:
+            _show(table, as_json, index=False)
+        for row in () if as_json else table.itertuples():
+            typer.echo(f"{row.image}  {' '.join(row.labels.split()) or '–'}")
 
 
 @app.command(epilog=_example("export glyphs-aevlp-s0 --onnx"))

@@ -17,6 +17,7 @@ import shutil
 import tempfile
 import warnings
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 import pandas as pd
@@ -309,7 +310,9 @@ def export(
 # %% ../nbs/15c_deploy.ipynb #204d3d6f
 _ABOUT = """# {run}
 
-A multi-label image classifier of {classes} classes, trained with *{title}* on `{dataset}`.
+A multi-label image classifier of {classes} classes, trained with *{title}* on `{dataset}`. How good it is, with pictures: [report]({page}).
+
+![Learning and average precision per class]({picture})
 
 ## Data
 
@@ -369,11 +372,14 @@ def card(
     out=None,  # default README.md in the run's folder
     folder=None,  # of all runs
 ) -> Path:
-    "Write the model card of a finished run: data, method, settings, metrics per class, limits."
+    "Write the model card of a finished run: data, method, settings, metrics per class, limits; its report goes beside it."
     run = runs.find(run, folder)
     metrics, params = metrics_of(run), runs.read_params(run)
     out = outcome.keep_foreign(out or run / "README.md", lambda p: b"\nMade with aevlp " in p.read_bytes())
-    write_text(out, (_ABOUT + _RESULTS).format(**_card_facts(run, params, metrics)))
+    from aevlp import report  # which reads thresholds and metrics here
+    page, picture = report.beside(run, out)
+    links = dict(page=quote(page.name), picture=quote(picture.name))
+    write_text(out, (_ABOUT + _RESULTS).format(**_card_facts(run, params, metrics), **links))
     return out
 
 
