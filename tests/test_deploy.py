@@ -11,7 +11,7 @@ from PIL import Image
 from sklearn.metrics import f1_score
 from tiny import shapes
 
-from aevlp import deploy, runs, train
+from aevlp import deploy, outcome, runs, train
 from aevlp.data import AevlpError
 from aevlp.recipes import Recipe
 
@@ -83,11 +83,11 @@ scores = st.lists(st.tuples(st.sampled_from([0.1, 0.2, 0.5, 0.7, 0.9]), st.boole
 @given(scores)
 def test_no_threshold_has_a_higher_f1(pairs):
     probs, truth = (np.array([p[i] for p in pairs], dtype=float) for i in (0, 1))
-    found = deploy.best_f1_threshold(probs, truth)
+    found = outcome.best_f1_threshold(probs, truth)
     if truth.any():
         ours = f1_score(truth, probs >= found, zero_division=0)
         assert np.isclose(ours, max(f1_score(truth, probs >= t, zero_division=0) for t in (*probs, 0.0, 1.1)))
-    assert deploy.given_threshold(probs, truth) <= max(probs.max(), 0.5)
+    assert outcome.given_threshold(probs, truth) <= max(probs.max(), 0.5)
 
 
 def test_without_truth_nine_of_ten_given_labels_pass(tmp_path):
@@ -120,7 +120,9 @@ def test_a_model_file_that_differs_is_not_kept(run, tmp_path, monkeypatch):
 def test_the_card_says_what_a_reader_must_know(run):
     text = deploy.card(run).read_text()
     metrics = json.loads((run / "metrics.json").read_text())
-    assert f"| test | {metrics['test_map']:.2f} |" in text and "heart" in text and "`backbone=glyphnet`" in text
+    line = next(line.split() for line in text.splitlines() if line.startswith("| mAP (%)"))
+    assert line[-2] == f"{metrics['test_map']:.2f}" and "heart" in text and "`backbone=glyphnet`" in text
+    assert (run / "report.html").is_file() and Image.open(run / "report.png").format == "PNG"
     assert (
         all(f"## {part}" in text for part in ("Data", "Method", "Results", "Limits", "Settings")) and "{run" not in text
     )
