@@ -47,13 +47,15 @@ def read_json(
 def best_f1_threshold(
     probs,  # (n,) of one class
     truth,  # (n,) in {0, 1}
+    weights=None,  # (n,) how often each picture counts
 ) -> float:
     "The threshold with the highest F1, midway between two scores; 0.5 for a class without positives."
     order = np.argsort(-np.asarray(probs, dtype=np.float64), kind="stable")
-    scores, hits = np.asarray(probs, dtype=np.float64)[order], np.cumsum(np.asarray(truth)[order])
+    weights = np.ones(len(order)) if weights is None else np.asarray(weights)[order]
+    scores, hits = np.asarray(probs, dtype=np.float64)[order], np.cumsum(weights * np.asarray(truth)[order])
     if not len(hits) or hits[-1] == 0:
         return 0.5
-    f1 = 2 * hits / (np.arange(1, len(hits) + 1) + hits[-1])
+    f1 = 2 * hits / (np.cumsum(weights) + hits[-1])
     ends = np.append(scores[1:] < scores[:-1], True)  # ties go together
     cut = int(np.argmax(np.where(ends, f1, -1)))
     below = scores[cut + 1] if cut + 1 < len(scores) else 0.0

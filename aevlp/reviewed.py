@@ -396,7 +396,7 @@ def thresholds(
     own, # pd.Series by class: the run's thresholds
 ) -> pd.DataFrame: # by class: threshold, positives seen, source 'reviewed' or 'run'
     "Thresholds by the reviewed validation pictures; of the test pictures where no validation picture was reviewed."
-    from aevlp.deploy import best_f1_threshold
+    from aevlp.outcome import best_f1_threshold
     split = next((s for s in ('val', 'test') if len(_drawn(notes, s)[0]) and predictions(run, s) is not None), None)
     if split is None: raise AevlpError(f'{notes.path}: no validation or test picture is reviewed, or {Path(run).name} kept no predictions of them; review some, or train again')
     (ids, part), said = _drawn(notes, split), predictions(run, split)

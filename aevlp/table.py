@@ -23,7 +23,7 @@ from sklearn.decomposition import PCA
 
 from .damp import damp
 from .data import AevlpError, LabelledImages, home, replacing
-from .deploy import best_f1_threshold, given_threshold
+from .outcome import class_thresholds, thresholds
 from .metrics import average_precision
 from .eyes import Eyes, clip_of, open_bank, prototypes, view_settings
 from .train import load_run, predict
@@ -387,13 +387,10 @@ def _model_part(data, split, run, ids, device, tell):
             out.append(predict(net, data, ids[at:at + 256], settings['recipe'], device).cpu().numpy())
         return np.concatenate(out)
     probs, val = judged(split, ids), data.splits.get('val', np.empty(0, np.int64))
-    if (run/'thresholds.json').is_file():
-        found = json.loads((run/'thresholds.json').read_text(encoding='utf-8'))
-        return probs, np.array([found.get(n, 0.5) for n in names], np.float32)
+    if kept := thresholds(run, names): return probs, np.array(list(kept.values()), np.float32)
     if not len(val): return probs, np.full(len(names), 0.5, np.float32)
-    seen, targets = probs if split == 'val' else judged('val', val), data.targets('val')
-    best = given_threshold if data.truth is None else best_f1_threshold
-    return probs, np.array([best(seen[:, c], targets[:, c]) for c in range(len(names))], np.float32)
+    seen, truth = probs if split == 'val' else judged('val', val), None if data.truth is None else data.truth[val]
+    return probs, np.array([cut for cut, _ in class_thresholds(seen, truth, data.observed[val])], np.float32)
 
 # %% ../nbs/15a_table.ipynb #8194482a
 def _history(data, split, run):
