@@ -165,8 +165,6 @@ def predict(
     paths, left = pictures_in(images)
     if left:
         warnings.warn(_left_out(left).lstrip("; "), AevlpWarning, stacklevel=2)
-    for path in paths:
-        decode(path)
     nothing = np.zeros((len(paths), len(names)), np.int8)
     data = LabelledImages("pictures", np.array([str(p) for p in paths]), names, nothing, None, {"test": np.arange(len(paths))})
     probs = train.predict(model, data, np.arange(len(paths)), settings["recipe"], device).cpu().numpy()
@@ -220,7 +218,7 @@ def grid(
         for ax in axes.flat:
             ax.axis("off")
         for ax, (_, row) in zip(axes.flat, table.iterrows(), strict=False):
-            ax.imshow(decode(row.image))
+            ax.imshow(decode(row.image, side=320))
             given = label_list(row.labels)
             sure = sorted(((float(row[_columns([n])[0]]), n) for n in given), key=lambda pair: -pair[0])
             more = [f"and {len(given) - 4} more"] if len(given) > 4 else []

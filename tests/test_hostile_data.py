@@ -3,6 +3,8 @@
 import io
 import os
 import struct
+import subprocess
+import sys
 import zlib
 
 import numpy as np
@@ -11,8 +13,9 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+import aevlp.data
 from aevlp.benchmarks import load
-from aevlp.data import AevlpError, LabelledImages, decode
+from aevlp.data import AevlpError, LabelledImages, decode, decoded_bytes
 
 RNG = np.random.default_rng(0)
 SCENE = Image.fromarray(np.kron(RNG.integers(0, 256, (6, 8, 3)), np.ones((6, 6, 1))).astype(np.uint8))
@@ -106,11 +109,11 @@ def test_a_picture_that_may_not_be_read(tmp_path, monkeypatch):
         decode(path)
 
 
-def png_claiming(width, height):
+def png_claiming(width, height, depth=8, colour=2):
     def chunk(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    head = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
     return (
         b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(b"\0" * 1000)) + chunk(b"IEND", b"")
     )
@@ -122,6 +125,157 @@ def test_decompression_bombs_are_refused_before_decoding(tmp_path, size):
     path.write_bytes(png_claiming(*size))
     with pytest.raises(AevlpError, match="bomb.png.*(pixels|decoded)"):
         decode(path)
+
+
+RGBA, GREY = 6, 0
+
+
+@pytest.mark.parametrize(
+    ("size", "kind"), [((9000, 7000), (8, RGBA)), ((9000, 7000), (16, RGBA)), ((9500, 9500), (16, GREY))]
+)
+def test_what_would_take_too_much_memory_is_refused_before_decoding(tmp_path, size, kind):
+    """Of the same size, a picture of 8 bit grey is decoded."""
+    path = tmp_path / "deep.png"
+    path.write_bytes(png_claiming(*size, *kind))
+    for refuses in (decode, decoded_bytes):
+        with pytest.raises(
+            AevlpError, match=r"deep.png: \d+ x \d+ pixels are more than can be decoded of such a PNG; scale it"
+        ):
+            refuses(path)
+    path.write_bytes(png_claiming(*size, 8, GREY))
+    assert decoded_bytes(path) == 3 * size[0] * size[1]
+
+
+def claiming_jpeg(width, height, scans):
+    """A progressive JPEG of a small scene that says it is larger, its last scan many times."""
+    data = bytearray(saved("JPEG", progressive=True))
+    frame = data.index(b"\xff\xc2")
+    data[frame + 5 : frame + 9] = struct.pack(">HH", height, width)
+    last = data.rindex(b"\xff\xda")
+    return bytes(data[:-2] + data[last:-2] * scans + data[-2:])
+
+
+SLOW = {
+    "scans.jpg": (claiming_jpeg(5000, 4000, 60), "very many scans"),
+    "plain.ppm": (b"P3 2000 2000 255\n" + b"7 " * 100, "slow variant"),
+    "deep.ppm": (b"P6 2000 2000 65535\n" + b"7 " * 100, "slow variant"),
+    "rle.bmp": (
+        b"BM"
+        + struct.pack("<IHHI", 1078, 0, 0, 1078)
+        + struct.pack("<IiiHHIIiiII", 40, 2000, 2000, 1, 8, 1, 0, 0, 0, 0, 0),
+        "slow variant",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SLOW)
+def test_what_would_take_too_much_time_is_refused_before_decoding(tmp_path, name):
+    data, says = SLOW[name]
+    (tmp_path / name).write_bytes(data + b"\0" * 1024)
+    with pytest.raises(AevlpError, match=f"{name}.*{says}"):
+        decode(tmp_path / name)
+
+
+def test_a_jpeg_of_few_scans_is_read(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(claiming_jpeg(48, 36, 60))
+    assert decode(tmp_path / "a.jpg").shape == (36, 48, 3)
+
+
+LARGEST = {  # just below the limit of its kind
+    "16bit.png": lambda: Image.fromarray(np.zeros((9000, 9200), np.uint16)),
+    "rgba.png": lambda: Image.new("RGBA", (7600, 7800)),
+    "grey.png": lambda: Image.new("L", (10_000, 9_990)),
+    "rgb.jpg": lambda: Image.new("RGB", (10_000, 9_990)),
+    "rgb.webp": lambda: Image.new("RGB", (5100, 5100)),
+    "rgb.tif": lambda: Image.new("RGB", (6100, 6200)),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LARGEST)
+def test_the_largest_pictures_take_three_seconds_and_half_a_gigabyte(tmp_path, name):
+    LARGEST[name]().save(tmp_path / name, **({"compression": "tiff_lzw"} if name.endswith("tif") else {}))
+    script = f"""import resource, time, torch, torchvision.io
+from aevlp.data import decode
+memory = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
+before, began = memory(), time.process_time()
+decode({str(tmp_path / name)!r})
+print(memory() - before, time.process_time() - began)"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    megabytes, seconds = map(float, done.stdout.split())
+    assert megabytes < 500 and seconds < 3, done.stdout
+
+
+def as_before(path):
+    """The whole picture through Pillow at once: what `decode` gave before it worked in strips."""
+    with Image.open(path) as im:
+        orientation = im.getexif().get(0x0112, 1) if im.format == "JPEG" else 1
+        im.load()
+        if im.mode.startswith("I"):
+            im = Image.fromarray(((np.asarray(im).astype(np.int64) + 128) // 257).astype(np.uint8))
+        elif im.has_transparency_data:
+            im = im.convert("RGBA")
+            im = Image.alpha_composite(Image.new("RGBA", im.size, "white"), im)
+        turn = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}
+        im = im.convert("RGB")
+        return np.array(im.transpose(turn[orientation]) if orientation in turn else im)
+
+
+PHOTO = SCENE.resize((701, 903), Image.Resampling.BICUBIC)
+NOISE = Image.fromarray(RNG.integers(0, 256, (903, 701), dtype=np.uint8))
+DEEP = Image.fromarray(RNG.integers(0, 2**16, (903, 701), dtype=np.uint16))
+CLEAR = PHOTO.copy()
+CLEAR.putalpha(NOISE)
+PALETTE = PHOTO.quantize(16)
+
+
+def turned(orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return {"exif": exif}
+
+
+ORDINARY = {
+    "rgb.jpg": (PHOTO, {}),
+    "progressive.jpg": (PHOTO, {"progressive": True}),
+    "grey.jpg": (NOISE, {}),
+    "cmyk.jpg": (PHOTO.convert("CMYK"), {}),
+    **{f"turned{o}.jpg": (PHOTO, turned(o)) for o in range(1, 9)},
+    "rgb.png": (PHOTO, {}),
+    "rgba.png": (CLEAR, {}),
+    "la.png": (CLEAR.convert("LA"), {}),
+    "deep.png": (DEEP, {}),
+    "deep.tif": (DEEP, {}),
+    "bits.png": (NOISE.convert("1"), {}),
+    "palette.png": (PALETTE, {}),
+    "clear_palette.png": (PALETTE, {"transparency": 3}),
+    "palette.gif": (PALETTE, {}),
+    "rgb.webp": (PHOTO, {}),
+    "rgba.webp": (CLEAR, {}),
+    "lzw.tif": (PHOTO, {"compression": "tiff_lzw"}),
+    "rgb.bmp": (PHOTO, {}),
+    "rgb.ppm": (PHOTO, {}),
+}
+
+
+@pytest.mark.parametrize("name", ORDINARY)
+@pytest.mark.parametrize("side", [None, 64])
+def test_ordinary_pictures_are_what_pillow_gives_to_the_last_bit(tmp_path, name, side):
+    image, how = ORDINARY[name]
+    image.save(tmp_path / name, **how)
+    np.testing.assert_array_equal(decode(tmp_path / name, side), as_before(tmp_path / name))
+
+
+@pytest.mark.parametrize("name", [n for n in ORDINARY if n != "bits.png"])
+def test_large_pictures_are_reduced_to_what_is_asked_for(tmp_path, monkeypatch, name):
+    """The mean over tiles of the reduced picture is that of the whole one, and it stays upright."""
+    monkeypatch.setattr(aevlp.data, "SMALL_PIXELS", 10_000)
+    image, how = ORDINARY[name]
+    image.save(tmp_path / name, **how)
+    whole, reduced = decode(tmp_path / name), decode(tmp_path / name, 128)
+    assert all(128 <= n < 256 for n in reduced.shape[:2]) and reduced.nbytes <= decoded_bytes(tmp_path / name, 128)
+    tiles = [Image.fromarray(a).resize((4, 4), Image.Resampling.BOX) for a in (whole, reduced)]
+    np.testing.assert_allclose(np.asarray(tiles[1], int), np.asarray(tiles[0], int), atol=4)
 
 
 def test_floating_point_and_32_bit_pixels_are_refused(tmp_path):

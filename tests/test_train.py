@@ -13,11 +13,12 @@ import pandas as pd
 import pytest
 import tiny
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from sklearn.metrics import average_precision_score
 
 from aevlp import train, vlm
-from aevlp.data import AevlpError, decode, epoch_order, replacing
+from aevlp.data import AevlpError, LabelledImages, decode, epoch_order, replacing
 from aevlp.labelers import LABELERS
 from aevlp.methods import METHODS
 from aevlp.models import build_model
@@ -332,3 +333,28 @@ def test_a_tracker_is_asked_for_by_name(data, run, tmp_path, monkeypatch):
     monkeypatch.delenv("AEVLP_TRACKER")
     plain = tiny.train(tmp_path / "plain", "an", data, {"epochs": 1})
     assert not events(tmp_path / "plain") and plain["test_map"] is not None
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_large_pictures_are_predicted_reduced_and_in_small_batches(tmp_path, monkeypatch, workers):
+    """Of large pictures a batch holds as many as its bytes allow; of small ones always the same number."""
+    rng, paths = np.random.default_rng(0), []
+    for i, size in enumerate([(64, 48), (900, 700), (64, 48), (64, 48), (700, 900), (900, 900)]):
+        paths.append(str(tmp_path / f"{i}.{'jpg' if i % 2 else 'png'}"))
+        Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).resize(size).save(paths[-1])
+    nothing = np.zeros((6, 2), np.int8)
+    data = LabelledImages("large", paths, ("a", "b"), nothing, None, {"test": np.arange(6)})
+    monkeypatch.setattr("aevlp.data.SMALL_PIXELS", 10_000)
+    pictures, side = train.Pictures(data, workers, limit=0), 128
+    assert [p.tolist() for p in pictures.parts(range(6), 4, side)] == [[0, 1, 2, 3], [4, 5]]
+    monkeypatch.setattr(train, "BATCH_BYTES", 2 * 3 * 256 * 256)
+    parts = pictures.parts(range(6), 4, side)
+    assert [p.tolist() for p in parts] == [[0, 1, 2, 3], [4, 5]]
+    monkeypatch.setattr(train, "BATCH_BYTES", 3 * 256 * 256)
+    parts = pictures.parts(range(6), 4, side)
+    assert [p.tolist() for p in parts] == [[0], [1], [2, 3], [4], [5]]
+    for (images, ids), part in zip(pictures.batches(parts, side), parts, strict=True):
+        assert ids.tolist() == part.tolist()
+        for image, i in zip(images, ids, strict=True):
+            np.testing.assert_array_equal(image.permute(1, 2, 0).numpy(), decode(paths[i], side))
+            assert min(image.shape[1:]) >= min(128, *decode(paths[i]).shape[:2]) and max(image.shape[1:]) < 256
