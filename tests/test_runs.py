@@ -204,7 +204,7 @@ def test_the_paper_s_numbers_stand_beside_ours(tmp_path):
         finished(tmp_path, test_map + [2, 4, 6][seed], method="gr", seed=seed)
     table = results.rows("table1", "glyphs", folder=tmp_path)
     shown = results.beside_paper(table, {"test_map": ("mAP", 1)}, "GR Loss")
-    assert shown.loc["Assume Negative", "mAP"] == "61.00 ± 1.00 (3)" and shown.loc["ROLE", "mAP"] == "–"
+    assert shown.loc["Assume Negative", "mAP"] == "61.00 ± 2.48 (3)" and shown.loc["ROLE", "mAP"] == "–"
     p = stats.ttest_rel([60, 61, 62], [62, 65, 68]).pvalue
     assert shown.loc["Assume Negative", "minus GR Loss"] == f"-4.00 (p = {p:.3f})"
     lack = results.missing(table, "table1", "glyphs")
@@ -237,7 +237,7 @@ def test_the_report_stands_alone(tmp_path):
     spec = {"name": "mine", "methods": ["full", "an", "gr", "aevlp"], "seeds": [0, 1, 2]}
     page = results.report(spec, folder=tmp_path)
     text = page.read_text()
-    assert page == tmp_path / "mine.html" and "70.00 ± 1.20" not in text and "71.20 ± 1.20 (3)" in text
+    assert page == tmp_path / "mine.html" and "70.00 ± 1.20" not in text and "71.20 ± 2.98 (3)" in text
     assert (
         "minus gr" in text
         and "(p = " in text
