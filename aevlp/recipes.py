@@ -30,6 +30,7 @@ class _Training:
     image_size: int        # S, pixels; images are squashed to S x S
     optimizer: str         # 'adam', 'adamax' or 'sgd' (momentum 0.9)
     weight_decay: float    # of the optimizer
+    ema: float             # decay of the weights' moving average that is judged and kept; 0: the weights as they are
     early_stop: str        # 'none', 'aevlp', 'gr', 'em' or 'll': see `should_stop`
     precision: str         # 'no', 'bf16' or 'fp16': Accelerate's mixed precision
     threads: int           # of the CPU, part of the run, for sums depend on it; 0: as many as torch takes
@@ -156,6 +157,7 @@ TRAINING = (
     _s('image_size', 'paper 6.1; glyphs: what its classifier was pretrained on', 448, 448, 448, 448, 64),
     _s('optimizer', 'paper 6.1', 'adam'),
     _s('weight_decay', 'paper 6.1: none', 0.0),
+    _s('ema', 'paper 6.1: none', 0.0),
     _s('early_stop', 'paper 6.1: all epochs, the best by validation mAP', 'none'),
     _s('precision', _OURS, 'no'),
     _s('threads', _OURS + ': glyphs: its networks gain little from a second one', *[0] * 4, 1),
@@ -331,7 +333,7 @@ _CHOICES = dict(optimizer=('adam', 'adamax', 'sgd'), early_stop=('none', 'aevlp'
 _AT_LEAST = dict(epochs=1, batch_size=1, image_size=1, grid=1, top_k=0, workers=-1, threads=0, overlap=0, eta=0, noise_layers=1, mime_samples=1,
                  random_positives=0, lr=0, head_lr=0, ll_delta=0, neighbours=0, expected_positives=0)
 _ABOVE_0 = ('temperature', 'vlpl_temperature', 'q1', 'q2', 'sigma0', 'sigmaT')
-_UNIT = ('q3', 'negative_ratio', 'global_threshold', 'local_threshold', 'smoothing', 'vlpl_threshold', 'mime_threshold')
+_UNIT = ('ema', 'q3', 'negative_ratio', 'global_threshold', 'local_threshold', 'smoothing', 'vlpl_threshold', 'mime_threshold')
 
 def _typed(key, value):
     "`value` as the type of field `key`; a sentence if that cannot be"

@@ -31,6 +31,7 @@ from fastcore.basics import patch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from safetensors.torch import save as tensor_bytes
+from timm.utils import ModelEmaV3
 
 import aevlp
 from . import outcome
@@ -387,6 +388,8 @@ def build(self: Training):
     groups = self.net.param_groups(recipe.lr, recipe.head_lr, recipe.weight_decay)
     optimizer = OPTIMIZERS[recipe.optimizer](groups + self.objective.param_groups(recipe.lr))
     self.model, self.optimizer = self.accelerator.prepare(self.net, optimizer)
+    self.averaged = ModelEmaV3(self.net, decay=recipe.ema, use_warmup=True) if recipe.ema else None
+    self.judged = self.averaged.module if recipe.ema else self.net
     self.meter, self.labelled = PseudoLabelMeter(truth, self.observed.cpu()), type(self.labeler) is not Labeler
     self.pictures = Pictures(data, _processes(recipe, self.device), pin_memory=self.device.type == "cuda")
     self.row_of = np.full(len(data), -1)
@@ -429,6 +432,8 @@ def step(self: Training, ids, local, images):
     self.accelerator.backward(loss)
     self.optimizer.step()
     at["step"] += 1
+    if self.averaged is not None:
+        self.averaged.update(self.net, (at["epoch"] - 1) * -(-len(self.ids["train"]) // self.recipe.batch_size) + at["step"])
 
 # %% ../nbs/13_train.ipynb #42ac87ce
 @patch
@@ -468,7 +473,7 @@ def keep_evidence(self: Training, step, ids, loss, logits, pseudo):
 @patch
 def save_weights(self: Training, path):
     "The classifier's weights, with the settings of the run in the header."
-    weights = {k: v.detach().cpu().contiguous() for k, v in self.net.state_dict().items()}
+    weights = {k: v.detach().cpu().contiguous() for k, v in self.judged.state_dict().items()}
     with replacing(path) as file:
         file.write(tensor_bytes(weights, {"run": json.dumps(self.settings | {"epoch": self.at["epoch"]})}))
 
@@ -478,6 +483,7 @@ def _parts(self: Training):
     "What has a state."
     scaler = self.accelerator.scaler
     parts = {"model": self.net, "optimizer": self.optimizer, "objective": self.objective, "labeler": self.labeler, "meter": self.meter}
+    parts |= {"judged": self.judged} if self.recipe.ema else {}
     return parts if scaler is None else parts | {"scaler": scaler}
 
 
@@ -547,11 +553,11 @@ def probabilities(self: Training, split):
     "The classifier's probabilities on a split, the same on every rank."
     ranks, rank, ids = self.accelerator.num_processes, self.accelerator.process_index, self.ids[split]
     if ranks > 1:
-        for buffer in self.net.buffers():  # running statistics are those of the rank
+        for buffer in self.judged.buffers():  # running statistics are those of the rank
             broadcast(buffer)
     seed_everything(self.seed, self.at["epoch"])
     (part,) = shard(ids, max(len(ids), 1), rank, ranks) or [ids]
-    probs = predict(self.net, self.data, part, self.recipe, self.device, self.pictures)
+    probs = predict(self.judged, self.data, part, self.recipe, self.device, self.pictures)
     if not torch.isfinite(probs).all():
         raise AevlpError(f"the classifier's outputs on the {split} split are not finite after epoch {self.at['epoch']}; lower lr")
     return gather_rows(self.accelerator, probs, len(ids))
@@ -625,7 +631,7 @@ def finish(self: Training):
     "Test the best weights; write predictions and metrics."
     self.accelerator.wait_for_everyone()
     start, at = time.monotonic(), self.at
-    self.net.load_state_dict(load_file(self.run_dir / "best.safetensors"))
+    self.judged.load_state_dict(load_file(self.run_dir / "best.safetensors"))
     probs, per_class, test_map = self.score("test")
     val_probs = self.probabilities("val")
     history, best, last = at["history"], at["history"][at["best_epoch"] - 1], at["history"][-1]

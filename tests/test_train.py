@@ -358,3 +358,25 @@ def test_large_pictures_are_predicted_reduced_and_in_small_batches(tmp_path, mon
         for image, i in zip(images, ids, strict=True):
             np.testing.assert_array_equal(image.permute(1, 2, 0).numpy(), decode(paths[i], side))
             assert min(image.shape[1:]) >= min(128, *decode(paths[i]).shape[:2]) and max(image.shape[1:]) < 256
+
+
+def test_averaged_weights_are_those_of_a_plain_loop(tmp_path, monkeypatch):
+    data, seen, step = tiny.shapes(tmp_path / "pictures", n=60), [], train.Training.step
+
+    def watched(self, *args):
+        if not seen:
+            seen.append({k: v.clone() for k, v in self.net.state_dict().items()})
+        step(self, *args)
+        seen.append({k: v.clone() for k, v in self.net.state_dict().items()})
+
+    monkeypatch.setattr(train.Training, "step", watched)
+    recipe = tiny.small("an", ema=0.9, epochs=1)
+    run = train.fit(data, "an", recipe, 0, tmp_path / "run", device="cpu", progress=False)
+    expected = seen[0]
+    for n, new in enumerate(seen[1:]):  # the first step replaces, later ones weigh by 1 - (n + 1)^(-2/3), at most 0.9
+        decay = 0.0 if n == 0 else min(1 - (n + 1) ** (-2 / 3), 0.9)
+        expected = {k: decay * v + (1 - decay) * new[k] if v.is_floating_point() else new[k] for k, v in expected.items()}
+    kept = load_file(tmp_path / "run" / "best.safetensors")
+    assert run["best_epoch"] == 1 and not torch.allclose(kept["head.weight"], seen[-1]["head.weight"])
+    for name, value in expected.items():
+        torch.testing.assert_close(kept[name], value, rtol=1e-5, atol=1e-6)
