@@ -147,7 +147,8 @@ def _s(name, source, *values, methods=(), fidelity=''):
 _GLYPHS = 'glyphs: chosen on the validation split'
 _OURS = 'ours'
 TRAINING = (
-    _s('epochs', 'paper 6.1; ' + _GLYPHS, 8, 8, 10, 10, 6),
+    _s('epochs', 'paper 6.1; ' + _GLYPHS + ', where each method is at its plateau', 8, 8, 10, 10, 24),
+    _s('epochs', _GLYPHS + ': best before the tenth', None, None, None, None, 12, methods=('an', 'an-ls', 'wan', 'epr', 'gr')),
     _s('batch_size', 'paper 6.1; ' + _GLYPHS, 8, 16, 16, 8, 32),
     _s('lr', 'paper 6.1; ' + _GLYPHS, 1e-5, 1e-5, 1e-5, 1e-5, 2e-3),
     _s('head_lr', 'paper 6.1: one learning rate; ' + _GLYPHS, 1e-5, 1e-5, 1e-5, 1e-5, 2e-3),
@@ -197,7 +198,7 @@ _EM, _LL, _MIME = 'EM code (main.py)', 'LL authors, issue 4', 'MIME code (train_
 SINGLE = (
     _s('em_alpha', _EM, 0.2, 0.1, 0.1, 0.01, 0.1),
     _s('apl_beta', _EM, 0.02, 0.9, 0.2, 0.4, 0.2),
-    _s('apl_warmup', _EM, 5, 5, 4, 3, 3),
+    _s('apl_warmup', _EM + '; glyphs: half of the epochs', 5, 5, 4, 3, 12),
     _s('apl_proportion', _EM, 0.9),
     _s('ll_delta', _LL + ' (LL-R)', 0.2, 0.4, 0.4, 0.4, 0.5),
     _s('ll_delta', _LL + ' (LL-Ct)', 0.2, 0.2, 0.2, 0.4, 0.5, methods=('ll-ct', '+ll-ct')),

@@ -299,7 +299,7 @@ def report(
     return out
 
 # %% ../nbs/15b_results.ipynb #664e597d
-DEMO = dict(name="demo", datasets=["glyphs"], methods=["full", "an", "gr", "aevlp"])
+DEMO = dict(name="demo", datasets=["glyphs"], methods=["full", "an", "gr", "aevlp"], overrides=dict(epochs=8))  # of up to 24
 PICTURES = ("figure2", "figure3", "damp_quality")
 
 
@@ -333,7 +333,7 @@ def demo(
     began, folder = time.monotonic(), Path(folder or runs.runs_root()).absolute()
     figures = Path(figures or figures_root()).absolute()
     spec = dict(DEMO, seeds=list(range(seeds)))
-    plan = pd.concat([runs.expand(spec), runs.expand("figure3", seeds=[0])]).drop_duplicates("run")
+    plan = pd.concat([runs.expand(spec), runs.expand("figure3", seeds=[0], overrides=spec["overrides"])]).drop_duplicates("run")
     made = runs.sweep(plan, workers=workers, runs=folder, show=show)
     failed = made[~made.state.isin(["done", "reused"])]
     for i, notebook in enumerate(PICTURES if failed.empty else (), 1):

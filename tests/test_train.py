@@ -375,7 +375,8 @@ def test_averaged_weights_are_those_of_a_plain_loop(tmp_path, monkeypatch):
     expected = seen[0]
     for n, new in enumerate(seen[1:]):  # the first step replaces, later ones weigh by 1 - (n + 1)^(-2/3), at most 0.9
         decay = 0.0 if n == 0 else min(1 - (n + 1) ** (-2 / 3), 0.9)
-        expected = {k: decay * v + (1 - decay) * new[k] if v.is_floating_point() else new[k] for k, v in expected.items()}
+        for name, v in new.items():
+            expected[name] = decay * expected[name] + (1 - decay) * v if v.is_floating_point() else v
     kept = load_file(tmp_path / "run" / "best.safetensors")
     assert run["best_epoch"] == 1 and not torch.allclose(kept["head.weight"], seen[-1]["head.weight"])
     for name, value in expected.items():
