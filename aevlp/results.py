@@ -74,10 +74,11 @@ def rows(
     csv=None,
     seeds=None,
     folder=None,  # of all runs
+    overrides=None,  # on top of every row's own
 ) -> pd.DataFrame:  # label, seed, paper, run, and all columns of `runs.frame()`; NaN where the run is missing
     "The runs of a sweep on one data set, finished ones with their numbers."
     from aevlp import registry
-    plan = runs.expand(spec, dataset, root, csv, seeds)
+    plan = runs.expand(spec, dataset, root, csv, seeds, overrides)
     paper = [registry.get(m).reference.get(dataset) if pd.isna(p) else p
              for m, p in zip(plan.method, plan.paper.astype(object), strict=True)]
     found = runs.frame(folder)
@@ -338,10 +339,11 @@ def demo(
     failed = made[~made.state.isin(["done", "reused"])]
     for i, notebook in enumerate(PICTURES if failed.empty else (), 1):
         print(f"picture {i}/{len(PICTURES)}: {notebook}", flush=True)
-        render(notebook, folder=folder, figures=figures, seeds=[0])
+        render(notebook, folder=folder, figures=figures, seeds=[0], overrides=DEMO["overrides"])
     table = summary(spec, folder)
     save_table(table, figures / "glyphs" / "summary")
-    print(f"\n{table.to_string()}\n\npictures  {figures / 'glyphs'}\nruns      {folder}\ntime      "
+    print(f"\n{table.to_string()}\n\n{DEMO['overrides']['epochs']} epochs, where the tables take up to 24: the order is theirs, "
+          f"the numbers are lower.\npictures  {figures / 'glyphs'}\nruns      {folder}\ntime      "
           f"{runs._clock(time.monotonic() - began)}")
     if len(failed):
         raise runs.RunFailed(f"{len(failed)} runs did not end: {failed.iloc[0].run}: {failed.iloc[0].error}")
