@@ -30,6 +30,7 @@ class _Training:
     image_size: int        # S, pixels; images are squashed to S x S
     optimizer: str         # 'adam', 'adamax' or 'sgd' (momentum 0.9)
     weight_decay: float    # of the optimizer
+    shift: float           # largest shift of a training picture, share of its sides; mirrored at the edges; 0: none
     ema: float             # decay of the weights' moving average that is judged and kept; 0: the weights as they are
     early_stop: str        # 'none', 'aevlp', 'gr', 'em' or 'll': see `should_stop`
     precision: str         # 'no', 'bf16' or 'fp16': Accelerate's mixed precision
@@ -146,6 +147,7 @@ def _s(name, source, *values, methods=(), fidelity=''):
 # %% ../nbs/09_recipes.ipynb #e1059719
 _GLYPHS = 'glyphs: chosen on the validation split'
 _OURS = 'ours'
+_STEADY = _OURS + ': chosen on the validation split of glyphs'
 TRAINING = (
     _s('epochs', 'paper 6.1; ' + _GLYPHS + ', where each method is at its plateau', 8, 8, 10, 10, 24),
     _s('epochs', _GLYPHS + ': best before the tenth', None, None, None, None, 12, methods=('an', 'an-ls', 'wan', 'epr', 'gr')),
@@ -158,7 +160,10 @@ TRAINING = (
     _s('image_size', 'paper 6.1; glyphs: what its classifier was pretrained on', 448, 448, 448, 448, 64),
     _s('optimizer', 'paper 6.1', 'adam'),
     _s('weight_decay', 'paper 6.1: none', 0.0),
+    _s('shift', 'paper 6.1: flips only', 0.0),
+    _s('shift', _STEADY, 1 / 16, methods=('aevlp-augmented',)),
     _s('ema', 'paper 6.1: none', 0.0),
+    _s('ema', _STEADY, 0.998, methods=('aevlp-augmented',)),
     _s('early_stop', 'paper 6.1: all epochs, the best by validation mAP', 'none'),
     _s('precision', _OURS, 'no'),
     _s('threads', _OURS + ': glyphs: its networks gain little from a second one', *[0] * 4, 1),
@@ -334,7 +339,7 @@ _CHOICES = dict(optimizer=('adam', 'adamax', 'sgd'), early_stop=('none', 'aevlp'
 _AT_LEAST = dict(epochs=1, batch_size=1, image_size=1, grid=1, top_k=0, workers=-1, threads=0, overlap=0, eta=0, noise_layers=1, mime_samples=1,
                  random_positives=0, lr=0, head_lr=0, ll_delta=0, neighbours=0, expected_positives=0)
 _ABOVE_0 = ('temperature', 'vlpl_temperature', 'q1', 'q2', 'sigma0', 'sigmaT')
-_UNIT = ('ema', 'q3', 'negative_ratio', 'global_threshold', 'local_threshold', 'smoothing', 'vlpl_threshold', 'mime_threshold')
+_UNIT = ('ema', 'shift', 'q3', 'negative_ratio', 'global_threshold', 'local_threshold', 'smoothing', 'vlpl_threshold', 'mime_threshold')
 
 def _typed(key, value):
     "`value` as the type of field `key`; a sentence if that cannot be"
@@ -361,7 +366,7 @@ def _check(key, value):
     if key in _UNIT and not 0 <= value <= 1: raise AevlpError(f'{key}={value} should be between 0 and 1.')
 
 # %% ../nbs/09_recipes.ipynb #e29e8b1a
-ALIASES = {'aevlp': 'gpr+damp', 'an-pl': 'bce+none'}
+ALIASES = {'aevlp': 'gpr+damp', 'aevlp-augmented': 'gpr+damp', 'an-pl': 'bce+none'}
 _SMALL_MIME = dict(mime_width=256, mime_ffn=1024, mime_z=64)  # VOC's transformer has 150 million weights
 
 def _names(method):

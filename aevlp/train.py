@@ -55,7 +55,7 @@ from .methods import get as get_method
 from .metrics import PseudoLabelMeter, average_precision
 from .models import build_model, logits_of
 from .recipes import Recipe, should_stop
-from .views import student_flips, student_inputs
+from .views import student_flips, student_inputs, student_shifts
 
 # %% ../nbs/13_train.ipynb #b1a208b0
 def seed_everything(
@@ -269,9 +269,9 @@ def _each(function, output):
 EVALUATION_BATCH = 64
 
 
-def _inputs(model, images, recipe, device, flip=None):
+def _inputs(model, images, recipe, device, flip=None, shift=None):
     "Pictures as the classifier wants them: squashed, normalised, on the device."
-    x = student_inputs(images, recipe.image_size, model.mean, model.std, device, flip)
+    x = student_inputs(images, recipe.image_size, model.mean, model.std, device, flip, shift)
     return x.contiguous(memory_format=torch.channels_last) if recipe.channels_last else x
 
 
@@ -421,7 +421,9 @@ def step(self: Training, ids, local, images):
     at, rank = self.at, self.accelerator.process_index
     seed_everything(self.seed, at["epoch"], at["step"], rank)
     flip = student_flips(torch.from_numpy(local), self.seed, at["epoch"])
-    output = self.model(_inputs(self.net, images, self.recipe, self.device, flip))
+    largest = self.recipe.shift
+    shift = student_shifts(torch.from_numpy(local), largest, self.seed, at["epoch"]) if largest else None
+    output = self.model(_inputs(self.net, images, self.recipe, self.device, flip, shift))
     output = _each(lambda rows: gather_rows(self.accelerator, rows, len(ids)), output)
     batch, pseudo = self.labels(ids, local, images, logits_of(output).detach())
     loss = self.objective.loss(output, batch, pseudo)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CLIP_MEAN', 'CLIP_STD', 'AUGMENTATIONS', 'ViewSettings', 'ViewPlan', 'draws', 'view_plan', 'evaluation_plan',
-           'make_views', 'student_flips', 'student_inputs']
+           'make_views', 'student_flips', 'student_shifts', 'shifted', 'student_inputs']
 
 # %% ../nbs/06_views.ipynb #be498026
 import sys
@@ -223,14 +223,34 @@ def student_flips(ids, seed: int, epoch: int) -> torch.Tensor:  # (B,) bool
     "Which images of a batch are flipped in an epoch: a function of seed, epoch and image id"
     return torch.from_numpy(draws(ids, 1, seed, epoch, purpose=1)[:, 0] < 0.5)
 
+def student_shifts(ids, largest: float, seed: int, epoch: int) -> torch.Tensor:  # (B, 2) in [-largest, largest)
+    "How far each image of a batch is moved right and down in an epoch, as shares of its width and height"
+    return torch.from_numpy((2 * draws(ids, 2, seed, epoch, purpose=2) - 1) * largest)
+
+def _mirrored(length: int, by: int):  # -> (length,) positions
+    "Where the pixels of a row come from that is moved by so many, mirrored at its ends"
+    at = (torch.arange(length) - by).abs()
+    return torch.where(at < length, at, 2 * (length - 1) - at)
+
+def shifted(
+    image,         # (3, H, W)
+    right: float,  # share of the width, below 1
+    down: float,   # share of the height, below 1
+):                 # (3, H, W)
+    "The image moved by whole pixels, mirrored where it would be empty"
+    height, width = image.shape[1:]
+    return image[:, _mirrored(height, round(down * height))][:, :, _mirrored(width, round(right * width))]
+
 def student_inputs(
     images,       # B uint8 tensors (3, H, W), sizes may differ
     size: int,    # pixels of the squashed image
     mean, std,    # three numbers each, of values in [0, 1]
     device="cpu",
     flip=None,    # (B,) bool
+    shift=None,   # (B, 2) of `student_shifts`
 ) -> torch.Tensor:  # (B, 3, size, size) float32; on the CPU channels last
-    "Squash, flip and normalise a batch"
+    "Shift, squash, flip and normalise a batch"
+    if shift is not None: images = [shifted(image, *by) for image, by in zip(images, shift.tolist())]
     boxes = torch.tensor([[[0, 0, image.shape[2], image.shape[1]]] for image in images])
     flip = torch.zeros(len(images), dtype=torch.bool) if flip is None else flip.cpu()
     plan = ViewPlan(boxes, flip[:, None], torch.full((len(images), 1), -1), torch.zeros(len(images), 1))

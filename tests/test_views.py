@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from torchvision.transforms import v2
 
@@ -188,3 +190,23 @@ def test_gpu_makes_the_same_views(images):
     plan = view_plan(range(len(images)), SIZES, settings, seed=0, epoch=1)
     difference = (make_views(images, plan, settings, "cuda").cpu() - make_views(images, plan, settings)).abs()
     assert difference[plan.op < 0].max() < 2.01 and difference.mean() < 1
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(2, 9), st.integers(2, 9), st.floats(-0.9, 0.9), st.floats(-0.9, 0.9))
+def test_a_shift_mirrors_as_numpy_does(height, width, right, down):
+    image = np.random.default_rng(0).integers(0, 256, (3, height, width), dtype=np.uint8)
+    dy, dx = round(down * height), round(right * width)
+    dy, dx = (max(1 - n, min(n - 1, d)) for n, d in ((height, dy), (width, dx)))  # numpy mirrors once
+    padded = np.pad(image, ((0, 0), (abs(dy), abs(dy)), (abs(dx), abs(dx))), mode="reflect")
+    expected = padded[:, abs(dy) - dy :][:, :height, abs(dx) - dx :][:, :, :width]
+    found = views.shifted(torch.from_numpy(image), dx / width, dy / height).numpy()
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_shifts_belong_to_the_picture_and_the_epoch():
+    first = views.student_shifts([3, 5, 8], 0.1, seed=0, epoch=1)
+    assert torch.equal(first[1], views.student_shifts([5], 0.1, seed=0, epoch=1)[0])
+    assert not torch.equal(first, views.student_shifts([3, 5, 8], 0.1, seed=0, epoch=2))
+    many = views.student_shifts(range(2000), 0.1, seed=0, epoch=1)
+    assert many.abs().max() <= 0.1 and many.abs().max() > 0.099 and many.mean().abs() < 0.005
