@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['app', 'data_app', 'bank_app', 'Dataset', 'Root', 'Csv', 'Seeds', 'Set', 'Json', 'Fidelity', 'Workers', 'Run',
-           'Tracker', 'Port', 'Browser', 'Images', 'On', 'Review', 'Out', 'demo', 'train', 'sweep', 'results', 'report',
-           'compare', 'figure', 'methods', 'recipe', 'data_check', 'data_fetch', 'bank_ls', 'bank_verify', 'bank_rm',
-           'predict', 'export', 'card', 'lab', 'voila', 'main']
+           'Tracker', 'Port', 'Browser', 'AnyData', 'AnyRoot', 'On', 'Review', 'Out', 'Split', 'Order', 'demo', 'train',
+           'sweep', 'results', 'report', 'compare', 'figure', 'methods', 'recipe', 'data_check', 'data_fetch',
+           'bank_ls', 'bank_verify', 'bank_rm', 'predict', 'export', 'card', 'lab', 'voila', 'main']
 
 # %% ../nbs/17_cli.ipynb #ac8d8126
 import json
@@ -269,89 +269,47 @@ def card(run: Run, out: Annotated[Optional[Path], typer.Option(help="Default: RE
 # %% ../nbs/17_cli.ipynb #e47eed59
 Port = Annotated[int, typer.Option(min=0, max=65535, help="0: any free one.")]
 Browser = Annotated[bool, typer.Option(help="Open a browser.")]
-# other extensions of an installed JupyterLab fail in a page of Voila, and say so in its console
-_PAGE_NEEDS = "@jupyter-widgets/jupyterlab-manager", "@voila-dashboards/widgets-manager8", "anywidget"
-
-
-def _answers(port):
-    "Whether something listens there."
-    import socket
-    with socket.socket() as s:
-        return s.connect_ex(("127.0.0.1", port)) == 0
 
 # %% ../nbs/17_cli.ipynb #7c1e5a90
-def _serve(kind, notebook, port, browser):
-    "JupyterLab or Voila on 127.0.0.1 with a token of its own, until Ctrl-C."
-    import secrets
-    import socket
-    import subprocess
-    import time
-    import webbrowser
-    if not port:
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
-    elif _answers(port):
-        raise typer.BadParameter(f"port {port} is taken; choose another, or leave --port out")
-    token, top = secrets.token_urlsafe(24), _top(notebook)
-    lab = ["--ip=127.0.0.1", f"--port={port}", f"--ServerApp.root_dir={top}", *(["--allow-root"] if os.geteuid() == 0 else [])]
-    page = [str(notebook), "--Voila.ip=127.0.0.1", f"--port={port}", "--token",
-            *(f"--VoilaConfiguration.extension_allowlist={name}" for name in _PAGE_NEEDS)]
-    arguments = lab if kind == "jupyterlab" else page
-    place = f"lab/tree/{notebook.relative_to(top).as_posix()}" if kind == "jupyterlab" else ""
-    server = subprocess.Popen([sys.executable, "-m", kind, *arguments, "--no-browser"], env=os.environ | {"JUPYTER_TOKEN": token},
-                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        while server.poll() is None and not _answers(port):
-            time.sleep(0.2)
-        if server.poll() is None:
-            url = f"http://127.0.0.1:{port}/{place}?token={token}"
-            typer.echo(f"{url}\nCtrl-C ends it")
-            if browser:
-                webbrowser.open(url)
-        code = server.wait()
-    except KeyboardInterrupt:
-        code = 0
-    finally:
-        server.terminate()
-        server.wait()
-    raise typer.Exit(1 if code else 0)
-
-# %% ../nbs/17_cli.ipynb #5d20c7e1
-def _top(notebook):
-    "The folder that JupyterLab shows: the checkout or the current one, where the notebook is below it."
-    from aevlp import runs
-    top = runs._checkout() or Path.cwd()
-    return top if notebook.is_relative_to(top) else notebook.parent
-
-# %% ../nbs/17_cli.ipynb #411fca63
-Images = Annotated[Optional[Path], typer.Option(help="Folder of your own pictures.")]
+AnyData = Annotated[Optional[str], typer.Option("--dataset", help="Default glyphs, or your own pictures.")]
+AnyRoot = Annotated[Optional[Path], typer.Option("--root", "--images", help="Folder of the data set, or of your own pictures.")]
 On = Annotated[Optional[str], typer.Option(help="Open on a run.")]
 Review = Annotated[bool, typer.Option("--review", help="Say which labels are right, instead of exploring.")]
 Out = Annotated[Optional[Path], typer.Option(help="With --review: your decisions; default reviewed.csv.")]
+Split = Annotated[Optional[str], typer.Option(help="With --review: train, val or test.")]
+Order = Annotated[Optional[str], typer.Option(help="With --review: uncertain, weighted or random.")]
 
 
-def _page(images, csv, run, review, out):
-    "The notebook to open."
-    if out and not review:
-        raise typer.BadParameter("--out is the file of a review; give --review too")
-    from aevlp import deploy
-    return deploy.explorer("csv" if images else "glyphs", images, csv, run, out=(out or "reviewed.csv") if review else None)
+def _serve(kind, dataset, root, csv, run, set_, review, out, split, order, port, browser):
+    "Open a page until it is ended."
+    typer.echo("looking at what is given …", err=True)
+    for name, value in (("--out", out), ("--split", split), ("--order", order)):
+        if value and not review:
+            raise typer.BadParameter(f"{name} is for a review; give --review too")
+    if split not in (None, "train", "val", "test"):
+        raise typer.BadParameter(f"--split {split} should be train, val or test")
+    if order not in (None, "uncertain", "weighted", "random"):
+        raise typer.BadParameter(f"--order {order} should be uncertain, weighted or random")
+    from aevlp import pages, recipes
+    given = pages.checked(dataset, root, csv, run, recipes.parse_overrides(set_ or []))
+    decisions = dict(out=str((out or Path("reviewed.csv")).absolute()), split=split or "train", order=order) if review else None
+    page = pages.notebook(given, decisions)
+    raise typer.Exit(pages.serve(kind, page, port, browser, typer.echo, lambda text: typer.echo(text, err=True)))
 
 
 @app.command(epilog=_example("lab", "lab --images photos/ --csv labels.csv", "lab --run glyphs-aevlp-s0",
                              "lab --review --images photos/ --csv labels.csv --out reviewed.csv"))
-def lab(images: Images = None, csv: Csv = None, run: On = None, review: Review = False, out: Out = None, port: Port = 0,
-        browser: Browser = True):
+def lab(dataset: AnyData = None, root: AnyRoot = None, csv: Csv = None, run: On = None, set_: Set = None, review: Review = False,
+        out: Out = None, split: Split = None, order: Order = None, port: Port = 0, browser: Browser = True):
     "JupyterLab on the explorer, or on the review of labels."
-    _serve("jupyterlab", _page(images, csv, run, review, out), port, browser)
+    _serve("jupyterlab", dataset, root, csv, run, set_, review, out, split, order, port, browser)
 
 
-@app.command("app", epilog=_example("app", "app --run glyphs-aevlp-s0", "app --review --run glyphs-aevlp-s0"))
-def voila(images: Images = None, csv: Csv = None, run: On = None, review: Review = False, out: Out = None, port: Port = 0,
-          browser: Browser = True):
+@app.command("app", epilog=_example("app", "app --run glyphs-aevlp-s0", "app --review --split test --run glyphs-aevlp-s0"))
+def voila(dataset: AnyData = None, root: AnyRoot = None, csv: Csv = None, run: On = None, set_: Set = None, review: Review = False,
+          out: Out = None, split: Split = None, order: Order = None, port: Port = 0, browser: Browser = True):
     "The explorer, or the review of labels, as a page of its own."
-    _serve("voila", _page(images, csv, run, review, out), port, browser)
+    _serve("voila", dataset, root, csv, run, set_, review, out, split, order, port, browser)
 
 # %% ../nbs/17_cli.ipynb #e48d307f
 def _warn(message, category, filename, lineno, file=None, line=None):

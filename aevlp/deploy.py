@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ENDINGS', 'unchanged', 'about', 'thresholds', 'pictures_in', 'label_text', 'label_list', 'predict',
            'prediction_files', 'save_predictions', 'grid', 'export', 'metrics_of', 'card', 'in_markdown', 'by_class',
-           'chosen_by', 'explorer']
+           'chosen_by']
 
 # %% ../nbs/15c_deploy.ipynb #aacbe262
 import csv
@@ -448,29 +448,3 @@ def _card_facts(run, params, metrics) -> dict:
         per_class=_table(table), limit=limit, created=runs.status(run).get("ended", ""),
         weakest=", ".join(table["average precision"].nsmallest(3).index) or "unknown",
         settings=_table(pd.Series(params["recipe"], name="value").rename_axis("setting").astype(str).to_frame()))
-
-# %% ../nbs/15c_deploy.ipynb #8487e495
-def explorer(
-    dataset: str = "glyphs",
-    root=None,  # folder of the data set, or of your own pictures
-    csv=None,  # labels of your own pictures
-    run=None,  # show this run's data, labels and probabilities
-    folder=None,  # of all runs
-    out=None,  # CSV of your decisions: the review instead of the explorer
-) -> Path:
-    "A copy of the explorer or the review notebook that opens on a data set, on your own pictures, or on a run."
-    import papermill
-    source = runs._experiments().parent / f"tutorials/{'review' if out else 'explore'}.ipynb"
-    if not source.is_file():
-        raise AevlpError(f"{source} is missing; install the package again")
-    if run is not None:
-        run = runs.find(run, folder)
-        dataset, root, csv = (runs.read_params(run)[k] for k in ("dataset", "root", "csv"))
-    elif csv:
-        dataset = "csv"
-    absolute = lambda p: str(Path(p).expanduser().absolute()) if p else None
-    given = dict(dataset=dataset, root=absolute(root), csv=absolute(csv), run=absolute(run)) | ({"out": absolute(out)} if out else {})
-    copy = Path(folder or runs.runs_root()).absolute() / "notebooks" / source.name
-    copy.parent.mkdir(parents=True, exist_ok=True)
-    papermill.execute_notebook(str(source), str(copy), parameters=given, prepare_only=True, progress_bar=False)
-    return copy

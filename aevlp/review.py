@@ -122,7 +122,8 @@ _REVIEW_CSS = '''<style>
 .aevlp-review .review-left, .aevlp-review .review-right { min-width: 0; overflow: visible; width: auto }
 .aevlp-review .aevlp-stage { overflow: hidden; width: fit-content; max-width: 100%; margin: 0; touch-action: none; cursor: zoom-in }
 .aevlp-review .aevlp-stage .frame { width: fit-content; max-width: 100% }
-.aevlp-review .aevlp-stage img { width: auto; min-width: min(420px, 100cqw); max-width: 100%; height: min(62vh, 640px); object-fit: contain }
+.aevlp-review .aevlp-stage img { width: auto; min-width: min(420px, 100cqw); max-width: 100%; height: min(72vh, 720px); object-fit: contain }
+.aevlp-review .aevlp-stage:not(:has(.box)) .tip { display: none } /* of a patch that is no longer shown */
 .aevlp-review .aevlp-stage.zoomed { cursor: zoom-out }
 .aevlp-review .aevlp-stage.zoomed .frame { transform: scale(2.5) }
 .aevlp-switches { display: grid; grid-template-columns: 1fr; gap: 3px; max-width: 420px; overflow: visible }
@@ -134,8 +135,9 @@ _REVIEW_CSS = '''<style>
 .aevlp-switches b { flex: 1; font-weight: 500; overflow: hidden; text-overflow: ellipsis; white-space: nowrap }
 .aevlp-switches [aria-pressed=true] kbd { color: #222 }
 .aevlp-review .review-actions { flex-flow: row wrap; gap: 4px; overflow: visible; margin: 4px 0 }
-.aevlp-review .review-top { flex-flow: row wrap; gap: 4px 12px; overflow: visible; align-items: center }
-.aevlp-review td, .aevlp-review th { padding-right: 14px }
+.aevlp-review .review-top { gap: 10px; overflow: visible; align-items: center; width: 100%; max-width: 1200px }
+.aevlp-review table { max-width: 860px }
+.aevlp-review .widget-combobox { width: auto; max-width: 420px }
 @container (max-width: 640px) {
   .aevlp-review .review-grid { grid-template-columns: minmax(0, 1fr); gap: 4px }
   .aevlp-review .aevlp-stage { margin: auto; padding: 0 }
@@ -175,12 +177,12 @@ class ReviewPage(widgets.VBox):
         self.at = {name: i for i, name in enumerate(notes.names)}
         self.stage, self.glass, self.switches = Stage(shortcuts=list(REVIEW_KEYS)), Glass(), Switches()
         self.title, self.status, self.summary = widgets.HTML(), widgets.HTML(), widgets.HTML()
-        self.bar = widgets.IntProgress(layout={'width': '100%', 'max_width': '420px'}, style={'bar_color': plots.BLUE})
+        self.bar = widgets.IntProgress(layout={'flex': '1 1 60px', 'width': 'auto', 'min_width': '0', 'max_width': '420px'}, style={'bar_color': plots.BLUE})
         line = {'description_width': 'initial'}
         splits = [k for k, v in state.data.splits.items() if len(v)]
-        self.split = widgets.Dropdown(options=splits, value=state.split, description='split', style=line, layout={'width': '130px'})
-        self.order = widgets.Dropdown(options=list(ORDERS), description='order', style=line, layout={'width': '160px'})
-        self.add = widgets.Combobox(options=state.data.class_names, placeholder='another class …', ensure_option=True, layout={'width': '100%', 'max_width': '420px'})
+        self.split = widgets.Dropdown(options=splits, value=state.split, description='split', style=line, layout={'width': '105px'})
+        self.order = widgets.Dropdown(options=list(ORDERS), description='order', style=line, layout={'width': '145px'})
+        self.add = widgets.Combobox(options=state.data.class_names, placeholder='another class …', ensure_option=True)
         super().__init__(self._layout())
         for name in ('aevlp-app', 'aevlp-review'): self.add_class(name)
         self.stage.on_msg(lambda _, message, __: self.act(REVIEW_KEYS[message['key']]))
@@ -200,10 +202,9 @@ class ReviewPage(widgets.VBox):
         keys.add_class('keys')
         box = lambda kind, name, *kids: kind(kids).add_class(name)
         left = box(widgets.VBox, 'review-left', self.title, self.stage)
-        right = box(widgets.VBox, 'review-right', self.switches, self.add,
-                    box(widgets.HBox, 'review-actions', *self.buttons.values()), self.bar, self.status, keys)
-        return [widgets.HTML(_CSS + _REVIEW_CSS), box(widgets.HBox, 'review-top', self.split, self.order, self.glass),
-                box(widgets.Box, 'review-grid', left, right), self.summary]
+        right = box(widgets.VBox, 'review-right', self.switches, self.add, box(widgets.HBox, 'review-actions', *self.buttons.values()), self.status, keys)
+        return [widgets.HTML(_CSS + _REVIEW_CSS), box(widgets.HBox, 'review-top', self.split, self.order, self.bar, self.glass), self.summary,
+                box(widgets.Box, 'review-grid', left, right)]
 
 # %% ../nbs/16b_review.ipynb #bae7cd8a
 @patch
@@ -379,7 +380,7 @@ def changes(self:ReviewPage) -> str: # HTML
                    for c in order if decided[:, c].any() or proposed[:, c].any())
     heads = ''.join(f'<th>{h}</th>' for h in ('class', *counts))
     total = ''.join(f'<td><b>{v.sum()}</b></td>' for v in counts.values())
-    return (f'<h4>{len(names)} pictures reviewed, {skipped} skipped</h4><div>{same} proposals were right as they stood, {len(names) - same} were changed. '
+    return (f'<h4>{len(names)} pictures reviewed, {skipped} skipped</h4><div>Right as proposed: {same}; changed: {len(names) - same}. '
             f'{decided.sum(1).mean():.1f} classes a picture, {given.sum(1).mean():.1f} given.</div>'
             f'<table><tr>{heads}</tr>{rows}<tr><td><b>all</b></td>{total}</tr></table>')
 

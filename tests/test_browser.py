@@ -64,6 +64,13 @@ def folder(tmp_path_factory, browser):
         notebook = load_notebook_node(str(TUTORIALS / f"{name.partition('-')[0]}.ipynb"))
         out = {"out": str(root / f"{name}.csv")} if name != "explore" else {}
         nbformat.write(parameterize_notebook(notebook, values | out), root / f"{name}.ipynb")
+    from aevlp import pages
+
+    told = dict(dataset="csv", run=None, **values)
+    phone = pages.notebook(told, {"out": str(root / "phone.csv"), "split": "train", "order": "random"}, root)
+    broken = pages.notebook(told | {"root": str(root / "nowhere")}, None, root)
+    shutil.copy(phone, root / "phone.ipynb")
+    shutil.copy(broken, root / "broken.ipynb")
     return root
 
 
@@ -228,6 +235,60 @@ def test_review_survives_a_reload(tabs, server, folder):
         header, *rows = csv.reader(file)
     assert header[0] == "image" and len(rows) == 2 and set(np.array(rows)[:, 1:].ravel()) == {"0", "1"}
     assert one.errors == []
+
+
+def test_the_review_fits_a_desk_and_a_phone(browser, servers, folder):
+    """Picture, switches and buttons are in sight together; on a phone a tap switches."""
+    for width, height, phone in ((1366, 768, False), (390, 844, True)):
+        page = browser.new_page(viewport={"width": width, "height": height}, has_touch=phone, is_mobile=phone)
+        page.goto(servers["voila"].format("phone"), wait_until="commit")
+        page.wait_for_selector(".aevlp-stage img[src^='data:']", timeout=240_000)
+        page.wait_for_function("document.querySelector('.aevlp-stage img').complete")
+        boxes = {s: page.locator(s).bounding_box() for s in (".aevlp-stage img", ".aevlp-switches", ".review-actions")}
+        for name, box in boxes.items():
+            inside = 0 <= box["x"] and box["x"] + box["width"] <= width and box["y"] + box["height"] <= height
+            assert inside and box["y"] >= 0, (width, name, box)
+        picture, switches = boxes[".aevlp-stage img"], boxes[".aevlp-switches"]
+        beside = switches["x"] >= picture["x"] + picture["width"]
+        assert beside != phone and picture["width"] > (250 if phone else 400)
+        button = page.locator(".aevlp-switches button").nth(3)
+        before = button.get_attribute("aria-pressed")
+        button.tap() if phone else button.click()
+        changed = f".aevlp-switches button:nth-child(4):not([aria-pressed='{before}'])"
+        page.wait_for_selector(changed, timeout=60_000)
+        if kept := os.environ.get("AEVLP_SCREENSHOTS"):
+            page.screenshot(path=f"{kept}/review-{width}.png")
+        page.close()
+
+
+def test_voila_says_what_is_wrong_in_a_sentence(browser, servers):
+    page = browser.new_page()
+    page.goto(servers["voila"].format("broken"), wait_until="commit")
+    page.wait_for_selector("[role=alert]", timeout=120_000)
+    said = page.inner_text("body")
+    assert "aevlp: " in said and "nowhere" in said and "There was an error" not in said
+    page.close()
+
+
+def test_lab_opens_a_running_page(browser, folder):
+    env = os.environ | {"AEVLP_RUNS": str(folder / "runs"), "JUPYTER_CONFIG_DIR": str(folder / "jupyter-config")}
+    given = ["--images", "pictures", "--csv", "labels.csv", *(f"--set={k}={v}" for k, v in OVERRIDES.items())]
+    command = [sys.executable, "-c", "from aevlp.cli import main; main()", "lab", "--review", *given, "--no-browser"]
+    server = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=folder, env=env
+    )
+    try:
+        page = browser.new_page(viewport={"width": 1366, "height": 768})
+        page.goto(server.stdout.readline().strip(), wait_until="commit")
+        page.wait_for_selector(".aevlp-stage img[src^='data:']", timeout=240_000)
+        assert page.locator(".jp-InputArea-editor:visible").count() == 0, "no code is shown"
+        page.wait_for_selector(".aevlp-stage:focus", timeout=60_000)
+        page.keyboard.press("Enter")
+        page.wait_for_selector("text=1 of", timeout=60_000)
+        page.close()
+    finally:
+        server.terminate()
+        server.wait(60)
 
 
 def test_screenshots_in_the_docs_are_small():

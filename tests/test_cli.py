@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -195,71 +196,139 @@ def until_answers(server):
     return line.strip()
 
 
-@pytest.mark.parametrize("command, kind", [("lab", "jupyterlab"), ("app", "voila")])
-def test_the_review_opens_on_own_pictures(tmp_path, capsys, monkeypatch, command, kind):
-    import nbformat
+PAGES = ["--images", "photos", "--csv", "labels.csv", "--set", "clip=glyphs-clip", "--set", "clip_weights="]
 
+
+@pytest.fixture
+def photos(tmp_path, monkeypatch):
+    """Ten pictures with a label each, in the current folder."""
+    from aevlp import glyphs
+
+    (tmp_path / "photos").mkdir()
+    lines = ["image,label"]
+    for i in range(10):
+        scene = glyphs.draw_scene(3, i)
+        scene.image.save(tmp_path / f"photos/{i}.png")
+        lines.append(f"{i}.png,{glyphs.CLASS_NAMES[scene.things[0].label]}")
+    (tmp_path / "labels.csv").write_text("\n".join(lines) + "\n")
     monkeypatch.setenv("AEVLP_RUNS", str(tmp_path / "runs"))
     monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("command, kind", [("lab", "jupyterlab"), ("app", "voila")])
+def test_every_page_has_a_notebook_of_its_own(photos, capsys, monkeypatch, command, kind):
+    import nbformat
+
+    from aevlp import pages
+
     opened = []
-    monkeypatch.setattr(cli, "_serve", lambda kind, notebook, *_: opened.append((kind, notebook)))
-    given = [command, "--images", "photos", "--csv", "labels.csv"]
-    for options, name in ((["--review"], "reviewed.csv"), (["--review", "--out", "mine.csv"], "mine.csv"), ([], None)):
-        code, _, err = call(capsys, *given, *options)
-        assert (code, err) == (0, "") and opened[-1][0] == kind
-        assert opened[-1][1].name == ("review.ipynb" if name else "explore.ipynb")
-        cells = nbformat.read(opened[-1][1], 4).cells
-        values = next(c.source for c in cells if "injected-parameters" in c.metadata.get("tags", []))
+    monkeypatch.setattr(pages, "serve", lambda kind, notebook, *_: opened.append((kind, notebook)) or 0)
+    given = {"dataset": "csv", "root": str(photos / "photos"), "csv": str(photos / "labels.csv"), "run": None}
+    given |= {"overrides": {"clip": "glyphs-clip", "clip_weights": ""}}
+    mine = {"out": str(photos / "mine.csv"), "split": "test", "order": "random"}
+    for options, more in (
+        ([], {}),
+        (["--review"], {"out": str(photos / "reviewed.csv"), "split": "train", "order": None}),
+        (["--review", "--out", "mine.csv", "--split", "test", "--order", "random"], mine),
+    ):
+        code, out, err = call(capsys, command, *PAGES, *options)
+        assert (code, out) == (0, "") and "looking" in err and opened[-1][0] == kind
+        (cell,) = nbformat.read(opened[-1][1], 4).cells
+        assert cell.metadata.jupyter.source_hidden
+        values = cell.source.partition("# Parameters\n")[2].partition("\n\n")[0]
         found = {}
         exec(values, found)
-        expected = {"dataset": "csv", "root": str(tmp_path / "photos"), "csv": str(tmp_path / "labels.csv")}
-        expected |= {"run": None} | ({"out": str(tmp_path / name)} if name else {})
-        assert {k: v for k, v in found.items() if k != "__builtins__"} == expected
-    code, _, err = call(capsys, *given, "--out", "mine.csv")
-    assert code == 2 and "--review" in err
+        assert {k: v for k, v in found.items() if k != "__builtins__"} == given | more
+    assert len({notebook for _, notebook in opened}) == 3
 
 
-@pytest.mark.parametrize("command", ["lab", "app"])
-def test_servers_listen_here_only_and_want_their_token(tmp_path, command):
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        (["--images", "nowhere"], "nowhere: there is no such folder"),
+        (["--csv", "nothing.csv"], "nothing.csv: there is no such file"),
+        (["--images", "photos", "--csv", "broken.csv"], "broken.csv"),
+        (["--run", "nothing"], "no run is called 'nothing'"),
+        (["--dataset", "vco"], "the nearest is 'voc'"),
+        ([*PAGES, "--set", "gird=2"], "the nearest is 'grid'"),
+        ([*PAGES, "--out", "mine.csv"], "--review"),
+        ([*PAGES, "--review", "--split", "tset"], "train, val or test"),
+        ([*PAGES, "--review", "--order", "best"], "uncertain, weighted or random"),
+    ],
+)
+def test_what_no_page_opens_on_is_said_before_a_server_starts(photos, capsys, monkeypatch, options, said):
+    from aevlp import pages
+
+    monkeypatch.setattr(pages, "serve", lambda *_: pytest.fail("a server was started"))
+    (photos / "broken.csv").write_text("image,label\nnot-there.png,cat\n")
+    code, out, err = call(capsys, "app", *options)
+    assert (code, out) == (2, "") and said in err and "Traceback" not in err
+
+
+def test_it_is_said_within_three_seconds(photos):
+
+    began = time.monotonic()
+    done = subprocess.run([AEVLP, "lab", "--images", "nowhere"], capture_output=True, text=True, cwd=photos)
+    assert done.returncode == 2 and "no such folder" in done.stderr
+    assert time.monotonic() - began < (3 if os.environ.get("CI") == "true" or os.getloadavg()[0] < 2 else 15)
+
+
+SIGNALS = [("lab", signal.SIGINT), ("app", signal.SIGTERM), ("lab", signal.SIGHUP)]
+
+
+@pytest.mark.parametrize("command, how", SIGNALS, ids=lambda v: getattr(v, "name", v))
+def test_servers_listen_here_only_want_their_token_and_end_with_their_command(photos, command, how):
     import urllib.error
     import urllib.request
 
     import psutil
 
-    env = os.environ | {"AEVLP_RUNS": str(tmp_path), "JUPYTER_CONFIG_DIR": str(tmp_path / "jupyter")}
+    env = os.environ | {"JUPYTER_CONFIG_DIR": str(photos / "jupyter")}
     heed = "import signal, os, sys; signal.signal(2, signal.default_int_handler); os.execv(sys.argv[1], sys.argv[1:])"
     server = subprocess.Popen(  # also where the tests run in the background, to which a shell makes Ctrl-C nothing
-        [sys.executable, "-c", heed, AEVLP, command, "--no-browser"],
+        [sys.executable, "-c", heed, AEVLP, command, *PAGES, "--no-browser"],
         stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
         env=env,
         start_new_session=True,
     )
     try:
         url = until_answers(server)
+        told = [server.stderr.readline() for _ in range(3)]
+        assert "looking" in told[0] and "starting" in told[1] and "some seconds" in told[2], (
+            "one is told what one waits for"
+        )
         places = set()
         for p in [psutil.Process(server.pid), *psutil.Process(server.pid).children(recursive=True)]:
             with contextlib.suppress(psutil.NoSuchProcess):  # one that just ended
                 places |= {c.laddr.ip for c in p.net_connections("tcp") if c.status == "LISTEN"}
         assert places == {"127.0.0.1"}
-        assert urllib.request.urlopen(url, timeout=60).status == 200
+        base, _, token = url.partition("?token=")
+        if command == "lab":
+            html = urllib.request.urlopen(url, timeout=60).read().decode()
+            assert "notebook:run-all-cells" in html, "the page runs the notebook"
+            top, _, notebook = base.partition("/doc/tree/")
+            asked = urllib.request.Request(f"{top}/api/kernels?token={token}", method="POST")
+            assert urllib.request.urlopen(asked, timeout=60).status == 201, "a kernel"
+        else:
+            html = urllib.request.urlopen(url, timeout=240).read().decode()
+            assert "There was an error" not in html and "aevlp: " not in html
         with pytest.raises(urllib.error.HTTPError) as refused:
             request = urllib.request.Request(
-                url.partition("?")[0].replace("/lab/tree", "/api/contents/lab"), headers={"Accept": "application/json"}
+                base.replace("/doc/tree", "/api/contents"), headers={"Accept": "application/json"}
             )
-            request = request if command == "lab" else url.partition("?")[0]
+            request = request if command == "lab" else base
             page = urllib.request.urlopen(request, timeout=60)
             if "login" in page.url:
                 raise urllib.error.HTTPError(page.url, 403, "login", page.headers, None)
         assert refused.value.code in (401, 403)
-        token = url.rpartition("=")[2]
         listed = subprocess.run(["ps", "-eo", "args", "-ww"], capture_output=True, text=True, check=True).stdout
         assert AEVLP in listed and token not in listed, "the token is in the list of processes"
     finally:
         family = psutil.Process(server.pid).children(recursive=True) if server.poll() is None else []
-        os.killpg(server.pid, 2)
-        server.wait(120)
-        until = time.monotonic() + 10
-        while any(p.is_running() and p.status() != "zombie" for p in family) and time.monotonic() < until:
-            time.sleep(0.1)
+        server.send_signal(how)
+        code = server.wait(120)
+    assert code == 0 and len(family) >= 2, "the server and a kernel"
     assert not any(p.is_running() and p.status() != "zombie" for p in family), "a server is left behind"
