@@ -118,11 +118,10 @@ export default {render}
 # %% ../nbs/16b_review.ipynb #cfa7ffbc
 _REVIEW_CSS = '''<style>
 .aevlp-review { container-type: inline-size; width: 100%; overflow: visible }
+.aevlp-review .review-grid { --tall: min(72vh, 720px) }
 .aevlp-review .review-grid { display: grid; grid-template-columns: minmax(0, 1.2fr) minmax(300px, 1fr); gap: 6px 18px; max-width: 1200px; overflow: visible; align-items: start }
 .aevlp-review .review-left, .aevlp-review .review-right { min-width: 0; overflow: visible; width: auto }
-.aevlp-review .aevlp-stage { overflow: hidden; width: fit-content; max-width: 100%; margin: 0; touch-action: none; cursor: zoom-in }
-.aevlp-review .aevlp-stage .frame { width: fit-content; max-width: 100% }
-.aevlp-review .aevlp-stage img { width: auto; min-width: min(420px, 100cqw); max-width: 100%; height: min(72vh, 720px); object-fit: contain }
+.aevlp-review .aevlp-stage { overflow: hidden; margin: 0; touch-action: none; cursor: zoom-in }
 .aevlp-review .aevlp-stage:not(:has(.box)) .tip { display: none } /* of a patch that is no longer shown */
 .aevlp-review .aevlp-stage.zoomed { cursor: zoom-out }
 .aevlp-review .aevlp-stage.zoomed .frame { transform: scale(2.5) }
@@ -139,9 +138,8 @@ _REVIEW_CSS = '''<style>
 .aevlp-review table { max-width: 860px }
 .aevlp-review .widget-combobox { width: auto; max-width: 420px }
 @container (max-width: 640px) {
-  .aevlp-review .review-grid { grid-template-columns: minmax(0, 1fr); gap: 4px }
+  .aevlp-review .review-grid { grid-template-columns: minmax(0, 1fr); gap: 4px; --tall: 36vh }
   .aevlp-review .aevlp-stage { margin: auto; padding: 0 }
-  .aevlp-review .aevlp-stage img { min-width: 0; height: 36vh }
   .aevlp-switches { grid-template-columns: 1fr 1fr; max-width: none }
   .aevlp-switches button { min-height: 36px; padding: 2px 6px; gap: 5px }
   .aevlp-switches kbd, .aevlp-review .keys { display: none }
@@ -260,6 +258,7 @@ def go(self:ReviewPage, index):
     self.candidates = [int(c) for c in order[:max(9, self.labels.sum())]]
     image = decode(data.paths[id])
     self.glass.on, self.stage.boxes, self.stage.tips = False, [], []
+    self.stage.layout.width = f'min(100%, calc(var(--tall) * {image.shape[1] / image.shape[0]:.4f}))' # as high as the page, or as wide
     self.stage.size, self.stage.alt, self.stage.src = [image.shape[1], image.shape[0]], self.name, data_url(image, 1280)
     self.show()
 
