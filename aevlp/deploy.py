@@ -26,6 +26,7 @@ from PIL import Image
 from torch import nn
 
 from . import methods, outcome, plots, runs, train
+from .metrics import MEASURES
 from .data import FORMATS, AevlpError, AevlpWarning, LabelledImages, decode, made_here, replacing, write_json, write_text
 
 # %% ../nbs/15c_deploy.ipynb #79ac4fbf
@@ -360,7 +361,7 @@ def metrics_of(
     run,  # folder of a run
 ) -> dict:
     "The metrics of a finished run."
-    if not (metrics := outcome.read_json(run / "metrics.json")):
+    if not (metrics := outcome.metrics(run)):
         raise AevlpError(f"run {run.name} is {runs.status(run)['state']}: its metrics are missing; finish it first")
     return metrics
 
@@ -406,19 +407,19 @@ def by_class(
     return table
 
 # %% ../nbs/15c_deploy.ipynb #d20bea0d
-_SINGLE = {"auc_observed": "AUC of the given label", "recall@1": "given label first (%)", "recall@3": "given label among 3 (%)",
-           "recall@5": "given label among 5 (%)", "mean_rank": "mean rank of the given label"}
-
-
 def _scores(metrics) -> str:
-    "mAP where the truth is known, and what single labels can say."
-    number = lambda v: "–" if v is None else f"{v:.2f}"
-    lines = {"mAP (%)": [number(metrics.get(f"{s}_map")) for s in ("val", "test")]}
-    for key, title in _SINGLE.items():
-        found = [(metrics.get(s) or {}).get(key) for s in ("val", "test")]
-        if any(found):
-            lines[title] = [f"{f[0]:.2f} ({f[1]:.2f} to {f[2]:.2f})" if f and f[0] is not None else "–" for f in found]
+    "mAP where the truth is known, and what given labels can say, with 95 % intervals over pictures."
+    lines = {}
+    for key, title in MEASURES.items():
+        found = [(metrics.get(s) or {}).get(key) or [metrics.get(f"{s}_{key}"), None, None] for s in ("val", "test")]
+        if any(value is not None for value, *_ in found):
+            lines[title if key == "mean_rank" else f"{title}, %"] = [_with_interval(*f) for f in found]
     return pd.DataFrame(lines, index=["validation", "test"]).T.to_markdown(disable_numparse=True)
+
+
+def _with_interval(value, low, high) -> str:
+    shown = "–" if value is None else f"{value:.2f}"
+    return shown if low is None else f"{shown} ({low:.2f} to {high:.2f})"
 
 
 def chosen_by(said: dict) -> str:
@@ -436,14 +437,14 @@ def _card_facts(run, params, metrics) -> dict:
     limit = ("It saw full labels in training." if method.name == "full" else
              "It learned from incomplete labels: what was never given as a positive it may have learned to miss.")
     without = int((table.positives == 0).sum())
-    return params | dict(
+    return dict.fromkeys(("version", "commit", "torch", "device"), "unknown") | params | dict(
         run=run.name, classes=len(table), title=method.title, source=method.source or "a combination", scores=_scores(metrics),
         summary=_table(pd.DataFrame(said["summary"]).set_index("split")) if said["summary"] else "Not kept.",
         observation=params["observation"] or ("as the CSV gives them" if params["csv"] else "one positive per image, drawn at random"),
         note=f"\n\nSince then: {said['note']}." if said.get("note") else "", empty=said.get("without_positive", "unknown"),
         scored=(f"; {without} of {len(table)} classes have no positive there and no number" if without else "")
         + ("" if said["truth"] else "; against the given labels alone, for the full truth is unknown"),
-        best_epoch=metrics.get("best_epoch"), epochs_run=metrics.get("epochs_run"), select_by=metrics.get("select_by", "mAP"),
+        best_epoch=metrics.get("best_epoch"), epochs_run=metrics.get("epochs_run"), select_by=MEASURES.get(metrics.get("select_by"), "mAP"),
         overrides=", ".join(f"`{k}={v}`" for k, v in params["overrides"].items()) or "nothing", chosen=chosen_by(said),
         per_class=_table(table), limit=limit, created=runs.status(run).get("ended", ""),
         weakest=", ".join(table["average precision"].nsmallest(3).index) or "unknown",

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ENOUGH', 'read_json', 'best_f1_threshold', 'given_threshold', 'class_thresholds', 'common_folder', 'write',
-           'describe', 'about', 'Scored', 'scored', 'thresholds', 'keep_foreign']
+           'describe', 'about', 'metrics', 'Scored', 'scored', 'thresholds', 'keep_foreign']
 
 # %% ../nbs/12b_outcome.ipynb #921180b5
 import json
@@ -29,6 +29,7 @@ def _once(pairs):
 
 def read_json(
     path,  # of a file in a run's folder
+    kinds: dict | None = None,  # {name: type} of what may be in it, by hand edited to something else
 ) -> dict:  # {} where there is no such file
     "What a JSON file says, or a sentence on what is wrong with it."
     try:
@@ -41,6 +42,10 @@ def read_json(
         raise AevlpError(f"{path}: cannot be read as JSON ({e}); put it right, or remove it") from None
     if not isinstance(found, dict):
         raise AevlpError(f"{path}: should hold names with values in braces; put it right, or remove it")
+    for name, kind in (kinds or {}).items():
+        if found.get(name) is not None and not isinstance(found[name], kind):
+            words = {dict: "names with values", list: "a list", str: "text", bool: "true or false"}.get(kind, "a number")
+            raise AevlpError(f"{path}: {name} should be {words}, not {found[name]!r:.40}; put it right, or remove the file")
     return found
 
 # %% ../nbs/12b_outcome.ipynb #7f5b4e3c
@@ -144,10 +149,28 @@ def about(
 ) -> dict:  # {} for a run made before there was a `run.json`
     "What `run.json` says."
     path = Path(run_dir) / "run.json"
-    found = read_json(path)
-    names = found.get("class_names", ["-"] if not found else None)
-    if not isinstance(names, list) or not names or not all(isinstance(n, str) for n in names):
+    found = read_json(path, dict(truth=bool, root=str, summary=list, given=dict, thresholds_from=dict, without_positive=int))
+    names = found.get("class_names")
+    if found and not (isinstance(names, list) and names and all(isinstance(n, str) for n in names)):
         raise AevlpError(f"{path}: class_names should be a list of names; put it right, or remove the file")
+    if not all(isinstance(row, dict) and "split" in row for row in found.get("summary") or []):
+        raise AevlpError(f"{path}: summary should be a list of splits; put it right, or remove the file")
+    return found
+
+
+def metrics(
+    run_dir,  # of a run
+) -> dict:  # {} for a run that is not finished
+    "What `metrics.json` says."
+    kinds = dict.fromkeys(("test_map", "val_map", "best_epoch", "epochs_run", "average_precision", "average_recall",
+                           "clip_test_map", "clip_val_map", "fused_test_map", "fused_val_map", "fusion_weight"), (int, float))
+    kinds |= dict.fromkeys(("per_class", "per_class_positives", "per_class_n", "test", "val"), dict)
+    found, path = read_json(Path(run_dir) / "metrics.json", kinds), Path(run_dir) / "metrics.json"
+    numbers = {name: [value] for key in ("per_class", "per_class_positives") for name, value in (found.get(key) or {}).items()}
+    numbers |= {name: value for key in ("test", "val") for name, value in (found.get(key) or {}).items() if isinstance(value, list)}
+    for name, values in numbers.items():
+        if not all(value is None or isinstance(value, (int, float)) for value in values):
+            raise AevlpError(f"{path}: {name} should be a number; put it right, or remove the file")
     return found
 
 

@@ -23,7 +23,7 @@ from PIL import Image
 
 from . import deploy, outcome, plots, results, runs
 from .data import AevlpError, decode, made_here, write_text
-from .metrics import average_precision
+from .metrics import ASSUMPTION, MEASURES, average_precision, headline, map_interval
 
 # %% ../nbs/15e_report.ipynb #3b7d5839
 def facts(
@@ -35,17 +35,20 @@ def facts(
     metrics, params, said = deploy.metrics_of(run), runs.read_params(run), deploy.about(run)
     names = said["class_names"]
     try:
-        history = pd.read_csv(run / "history.csv")
+        history = pd.read_csv(run / "history.csv").apply(pd.to_numeric, errors="coerce")
     except (FileNotFoundError, pd.errors.EmptyDataError, pd.errors.ParserError, UnicodeDecodeError):
-        history = pd.DataFrame(columns=["epoch"])
+        history = pd.DataFrame()
+    history = history if "epoch" in history else pd.DataFrame(columns=["epoch"])
     split = "test" if outcome.scored(run) is not None else "val"
     scored = outcome.scored(run, split)
     cut = outcome.thresholds(run, names)
     if scored is not None and scored.probs.shape[1] != len(names):
         raise AevlpError(f"{run / 'predictions.npz'}: holds {scored.probs.shape[1]} classes, but the run has {len(names)}; remove it")
+    truth = bool(said["truth"]) and (scored is None or bool((scored.targets >= 0).any()))
+    labels = None if scored is None else scored.targets if truth or scored.observed is None else scored.observed == 1
     return SimpleNamespace(
-        run=run, metrics=metrics, params=params, said=said, names=names, history=history, scored=scored,
-        split={"test": "test", "val": "validation"}[split], truth=bool(said["truth"]), thresholds_known=bool(cut),
+        run=run, metrics=metrics, params=params, said=said, names=names, history=history, scored=scored, split=split,
+        pictures={"test": "test", "val": "validation"}[split], truth=truth, labels=labels, thresholds_known=bool(cut),
         cut=np.array([cut.get(n, 0.5) for n in names]), classes=deploy.by_class(run, metrics, names))
 
 
@@ -88,7 +91,7 @@ def curve(
         if mark is not None:
             ax.axvline(mark, color=plots.GREEN, linestyle="--", linewidth=1.5)
         ax.set(title=title, xlabel="epoch")
-        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         if len(lines) > 1:
             ax.legend()
     return fig
@@ -121,36 +124,45 @@ def _number(value, digits=1) -> str:
 
 def _headline(f) -> str:
     "The number, its interval, and what it was measured on."
-    split, key = ("test", "test_map") if f.split == "test" else ("val", "val_map")
-    n, single = 0 if f.scored is None else len(f.scored.probs), f.metrics.get(split) or {}
-    if f.truth and n and f.metrics.get(key) is not None:
-        said = interval(lambda i: mean_ap(f.scored.probs[i], f.scored.targets[i]), n, 200 if f.scored.probs.size < 10**6 else 40)
-        clean = int((f.scored.targets >= 0).all(1).sum())
-        without = int((f.classes.positives == 0).sum())
-        on = f"{n} {f.split} pictures" + ("" if clean == n else f", all labels known on {clean} of them")
+    n, (key, found) = 0 if f.scored is None else len(f.scored.probs), headline(f.metrics, f.split)
+    on = f"{n} {f.pictures} pictures"
+    if not found or not n:
+        return f"<p>No number: the run kept no scored {f.pictures} pictures.</p>"
+    if key == "map" and not f.truth:  # of a run from before there were measures for given labels
+        return _big(found[:1], "average precision against the given labels alone, in percent",
+                    f"{on} whose full truth is unknown: what is there and was not given counts as wrong.")
+    if key == "map":
+        found = found if found[1] is not None else map_interval(f.scored.probs, f.labels, float("nan" if _own(f) else 0))
+        clean, without = int((f.labels >= 0).all(1).sum()), int((f.classes.positives == 0).sum())
+        on += "" if clean == n else f", with all labels known of {clean}, some or none of the others"
         on += f"; {without} of {len(f.names)} classes have no positive there" if without else ""
-        return _big(f.metrics[key], "mAP in percent", said, on + ". The interval is over samples of these pictures, not over seeds.")
-    if found := single.get("auc_observed"):
-        rest = [f"{deploy._SINGLE[k]} {single[k][0]:.2f} ({single[k][1]:.2f} to {single[k][2]:.2f})"
-                for k in deploy._SINGLE if k != "auc_observed" and single.get(k) and single[k][0] is not None]
-        return _big(found[0], "AUC of the given label", found[1:], f"{n} {f.split} pictures of which only the given labels are known. "
-                    "Their truth is not, so nothing here is called mAP.", 3) + f"<p>{text('; '.join(rest))}.</p>"
-    if n and f.metrics.get(key) is not None:
-        return _big(f.metrics[key], "average precision against the given labels alone, in percent", None,
-                    f"{n} {f.split} pictures whose full truth is unknown: what is there and was not given counts as wrong.")
-    return f"<p>No number: the run kept no scored {f.split} pictures.</p>"
+        return _big(found, "mAP in percent", f"{on}. The interval is over pictures like these, not over seeds.") + _given_measures(f)
+    return _big(found, f"{MEASURES[key]} in percent", f"{on} of which only the given labels are known. Their truth is not, so "
+                f"nothing here is called mAP. {ASSUMPTION}") + _given_measures(f)
 
 
-def _big(value, unit, bounds, on, digits=1) -> str:
-    shown = f'<span class="quiet">95 % interval {bounds[0]:.{digits}f} to {bounds[1]:.{digits}f}</span>' if bounds else ""
-    return f'<p class="big"><strong>{value:.{digits}f}</strong> {unit} {shown}</p><p>Measured on {on}</p>'
+def _own(f) -> bool:
+    return f.params["dataset"] == "csv"
+
+
+def _given_measures(f) -> str:
+    "What the given labels say, where it is not the headline."
+    found = f.metrics.get(f.split) or {}
+    lines = [[MEASURES[k], *(_number(v) for v in found[k])] for k in MEASURES if k != "map" and found.get(k)]
+    return table(["by the given labels", "", "from", "to"], lines) if lines and not f.truth else ""
+
+
+def _big(found, unit, on) -> str:
+    value, low, high = (*found, None, None)[:3]
+    shown = f'<span class="quiet">95 % interval {low:.1f} to {high:.1f}</span>' if low is not None else ""
+    return f'<p class="big"><strong>{value:.1f}</strong> {unit} {shown}</p><p>Measured on {text(on)}</p>'
 
 # %% ../nbs/15e_report.ipynb #558dc38b
 def _curves(f) -> str:
     "Loss, and what the best epoch was chosen by."
     history, best = f.history, f.metrics.get("best_epoch")
     parts = []
-    for column, title in (("loss", "training loss"), ("val_map", "validation mAP (%)"), ("val_auc", "validation AUC of the given label")):
+    for column, title in (("loss", "training loss"), ("val_map", "validation mAP (%)"), ("val_auc_observed", "validation AUC of given labels (%)")):
         if column in history and history[column].notna().any():
             drawn = svg(curve(history.epoch, {title: history[column]}, title, best), f"{title} over the epochs", column)
             parts.append(f"<figure>{drawn}</figure>")
@@ -209,7 +221,7 @@ def _classes(f) -> str:
         rows.append([*line, *numbers])
     notes = {"given": "* passed by nine of ten given labels of the validation split", "nothing": "† no label to choose it by"}
     notes = [words for by, words in notes.items() if by in source.values()]
-    n = "" if f.scored is None else f"Of {len(f.scored.probs)} {f.split} pictures. “Says”: to how many the class is given."
+    n = "" if f.scored is None else f"Of {len(f.scored.probs)} {f.pictures} pictures. “Says”: to how many the class is given."
     return table(head, rows, raw=True) + f'<p class="quiet">{n} {"; ".join(notes)}</p>'
 
 
@@ -217,7 +229,7 @@ def _at_threshold(f, c) -> list:
     "Precision and recall, or the share of given labels that pass, and how many pictures get the class."
     if f.scored is None:
         return ["–"] * (3 if f.truth else 2)
-    said, truth = f.scored.probs[:, c] >= f.cut[c], f.scored.targets[:, c]
+    said, truth = f.scored.probs[:, c] >= f.cut[c], f.labels[:, c]
     right, known = int((said & (truth == 1)).sum()), int((said & (truth >= 0)).sum())
     share = lambda part, whole: f"{100 * part / whole:.0f} %" if whole else "–"
     recall = share(right, int((truth == 1).sum()))
@@ -238,7 +250,7 @@ def surprises(
     targets,  # (n, C) in {1, 0, -1 unknown}
     cut,  # (C,) thresholds
     top: int = 12,
-) -> list:  # of (picture, class), the surest mistake first; two of a picture at most
+) -> list:  # of (picture, class), the surest mistake first; two of a picture and three of a class at most
     "Labels of which the classifier is sure, and which are wrong."
     wrong = np.where(targets == 1, -1, np.where(targets == 0, 1, np.nan)) * margins(probs, cut)
     order = np.argsort(-np.nan_to_num(wrong, nan=-np.inf), axis=None, kind="stable")
@@ -246,7 +258,7 @@ def surprises(
     for i, c in zip(*np.unravel_index(order, wrong.shape)):
         if not wrong[i, c] > 0 or len(found) == top:
             break
-        if sum(j == i for j, _ in found) < 2:
+        if sum(j == i for j, _ in found) < 2 and sum(k == c for _, k in found) < 3:
             found.append((int(i), int(c)))
     return found
 
@@ -295,7 +307,7 @@ def _surprising(f) -> str:
     "Sure and wrong; without truth: given and not seen."
     if f.scored is None or not f.thresholds_known:
         return ""
-    given = f.scored.targets if f.truth else np.where(f.scored.targets == 1, 1, -1)
+    given = f.labels if f.truth else np.where(f.labels == 1, 1, -1)
     cards = []
     for i, c in surprises(f.scored.probs, given, f.cut):
         p, name = f.scored.probs[i, c], f"<b>{text(f.names[c])}</b>"
@@ -312,13 +324,13 @@ def _worst(f) -> str:
         return ""
     cards = []
     if f.truth:
-        for i in worst(f.scored.probs, f.scored.targets, f.cut):
-            said, true = f.scored.probs[i] >= f.cut, f.scored.targets[i]
+        for i in worst(f.scored.probs, f.labels, f.cut):
+            said, true = f.scored.probs[i] >= f.cut, f.labels[i]
             names = lambda mask: ", ".join(text(n) for n, yes in zip(f.names, mask, strict=True) if yes) or "–"
             cards.append(_card(f, i, [f"wrong: <b>{names(said & (true == 0))}</b>", f"missed: <b>{names(~said & (true == 1))}</b>",
                                       f"right: {names(said & (true == 1))}"]))
     else:
-        for i, c in surprises(f.scored.probs, np.where(f.scored.targets == 1, -1, 0), f.cut):
+        for i, c in surprises(f.scored.probs, np.where(f.labels == 1, -1, 0), f.cut):
             cards.append(_card(f, i, [f"<b>{text(f.names[c])}</b> {f.scored.probs[i, c]:.2f} (threshold {f.cut[c]:.2f}), not given: "
                                       "perhaps it is there"]))
     return f'<div class="cards">{"".join(cards)}</div>' if cards else ""
@@ -345,7 +357,7 @@ def together(
 def _together(f) -> str:
     if f.scored is None or not f.thresholds_known:
         return ""
-    pairs = together(f.scored.probs >= f.cut, f.scored.targets if f.truth else None)
+    pairs = together(f.scored.probs >= f.cut, f.labels if f.truth else None)
     rows = [[f"{f.names[int(r.first)]} with {f.names[int(r.second)]}", int(r.pictures), f"{r.lift:.1f}", *([int(r.truly)] if f.truth else [])]
             for r in pairs.itertuples()]
     return table(["pair", "given to", "times by chance", *(["truly together"] if f.truth else [])], rows) if rows else ""
@@ -371,9 +383,9 @@ def _about_labels(f) -> list:
         said.append("The truth of no picture is known. Look at about a hundred test and validation pictures with "
                     f"`aevlp app --review --run {f.run.name}`: then mAP can be measured and thresholds chosen by it.")
     if none := list(f.classes.index[few == 0]):
-        said.append(f"No {f.split} picture shows {_some(none)}: of {'it' if len(none) == 1 else 'them'} nothing is known; add pictures to that split.")
+        said.append(f"No {f.pictures} picture shows {_some(none)}: of {'it' if len(none) == 1 else 'them'} nothing is known; add pictures to that split.")
     if rare := list(f.classes.index[(few > 0) & (few < 10)]):
-        said.append(f"Fewer than ten {f.split} pictures show {_some(rare)}: the numbers of {'this class' if len(rare) == 1 else 'these classes'} may be chance.")
+        said.append(f"Fewer than ten {f.pictures} pictures show {_some(rare)}: the numbers of {'this class' if len(rare) == 1 else 'these classes'} may be chance.")
     given = (f.said.get("given") or {}).get("train") or {}
     if unseen := [n for n in f.names if given.get(n) == 0]:
         said.append(f"No training picture has the label {_some(unseen)}: the classifier cannot have learned {'it' if len(unseen) == 1 else 'them'} from labels.")
@@ -434,7 +446,8 @@ tbody th{font-weight:500} .bar{display:inline-block;width:5rem;height:.6rem;back
 width:100%;aspect-ratio:1;object-fit:contain;background:#0002} .gone{display:grid;place-items:center;color:var(--quiet)} figcaption{padding:.5rem}
 figcaption .quiet{display:block;font-size:.75rem;margin-top:.2rem} code{background:var(--soft);padding:.1rem .3rem;border-radius:.2rem;overflow-wrap:anywhere}
 details{margin:1rem 0} summary{cursor:pointer} .note{border-left:.25rem solid #d55e00;padding:.3rem .8rem;background:var(--soft)}
-@media(max-width:30rem){.cards{grid-template-columns:1fr 1fr} .bar{width:2.5rem} th,td{padding:.3rem .4rem}}
+@media(max-width:30rem){.cards{grid-template-columns:1fr 1fr} .bar{display:none} th,td{padding:.3rem .25rem;font-size:.85rem}
+thead th{white-space:normal;font-size:.75rem} th:first-child,td:first-child{min-width:4.5rem}}
 """
 GENERATOR = '<meta name="generator" content="aevlp">'
 
