@@ -207,7 +207,7 @@ def table(
 def _classes(f) -> str:
     "Every class: average precision, positives, threshold, and what it gives on the scored pictures."
     source = f.said.get("thresholds_from") or {}
-    head = ["class", "AP (%)", "positives" if f.truth else "given", "threshold", *(["precision", "recall"] if f.truth else ["given that pass"]), "says"]
+    head = ["class", "AP (%)", "positives" if f.truth else "given", "threshold", *(["precision %", "recall %"] if f.truth else ["given that pass, %"]), "says"]
     rows = []
     order = f.classes["average precision"].fillna(-1).to_numpy().argsort(kind="stable")[::-1]
     for c in order:
@@ -231,7 +231,7 @@ def _at_threshold(f, c) -> list:
         return ["–"] * (3 if f.truth else 2)
     said, truth = f.scored.probs[:, c] >= f.cut[c], f.labels[:, c]
     right, known = int((said & (truth == 1)).sum()), int((said & (truth >= 0)).sum())
-    share = lambda part, whole: f"{100 * part / whole:.0f} %" if whole else "–"
+    share = lambda part, whole: f"{100 * part / whole:.0f}" if whole else "–"
     recall = share(right, int((truth == 1).sum()))
     return [*([share(right, known)] if f.truth else []), recall, str(int(said.sum()))]
 
@@ -439,7 +439,7 @@ margin:0 auto;padding:1rem} h1{font-size:1.5rem;overflow-wrap:anywhere;margin:.5
 .side{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,18rem),1fr));gap:1rem} figure{margin:0} .one{max-width:32rem}
 svg{display:block;width:100%;height:auto;font-family:system-ui,sans-serif} .wide{overflow-x:auto} table{border-collapse:collapse;width:100%}
 th,td{padding:.3rem .6rem;text-align:right;border-bottom:1px solid var(--line);font-variant-numeric:tabular-nums;white-space:nowrap}
-th:first-child,td:first-child{text-align:left;white-space:normal;overflow-wrap:anywhere;min-width:6rem} thead th{color:var(--quiet);font-weight:500;font-size:.85rem}
+th:first-child,td:first-child{text-align:left;white-space:normal;overflow-wrap:break-word;min-width:6rem} thead th{color:var(--quiet);font-weight:500;font-size:.85rem}
 tbody th{font-weight:500} .bar{display:inline-block;width:5rem;height:.6rem;background:var(--soft);border-radius:.3rem;overflow:hidden}
 .bar i{display:block;height:100%;background:var(--bar)} .cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(10rem,1fr));gap:.8rem}
 .card{background:var(--soft);border-radius:.5rem;overflow:hidden;font-size:.85rem;line-height:1.35;overflow-wrap:anywhere} .card img,.gone{display:block;
@@ -447,7 +447,7 @@ width:100%;aspect-ratio:1;object-fit:contain;background:#0002} .gone{display:gri
 figcaption .quiet{display:block;font-size:.75rem;margin-top:.2rem} code{background:var(--soft);padding:.1rem .3rem;border-radius:.2rem;overflow-wrap:anywhere}
 details{margin:1rem 0} summary{cursor:pointer} .note{border-left:.25rem solid #d55e00;padding:.3rem .8rem;background:var(--soft)}
 @media(max-width:30rem){.cards{grid-template-columns:1fr 1fr} .bar{display:none} th,td{padding:.3rem .25rem;font-size:.85rem}
-thead th{white-space:normal;font-size:.75rem} th:first-child,td:first-child{min-width:4.5rem}}
+thead th{white-space:normal;font-size:.75rem} th:first-child,td:first-child{min-width:5.2rem}}
 """
 GENERATOR = '<meta name="generator" content="aevlp">'
 

@@ -120,7 +120,7 @@ def test_a_model_file_that_differs_is_not_kept(run, tmp_path, monkeypatch):
 def test_the_card_says_what_a_reader_must_know(run):
     text = deploy.card(run).read_text()
     metrics = json.loads((run / "metrics.json").read_text())
-    line = next(line.split() for line in text.splitlines() if line.startswith("| mAP (%)"))
+    line = next(line.split() for line in text.splitlines() if line.startswith("| mAP, %"))
     assert line[-2] == f"{metrics['test_map']:.2f}" and "heart" in text and "`backbone=glyphnet`" in text
     assert (run / "report.html").is_file() and Image.open(run / "report.png").format == "PNG"
     assert (

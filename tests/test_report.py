@@ -100,14 +100,14 @@ def test_the_page_s_numbers_are_scikit_learn_s(run):
     scores = [100 * average_precision_score(truth[:, c], probs[:, c]) for c in range(5) if truth[:, c].any()]
     for c, name in enumerate(cut.index):
         said = probs[:, c] >= cut[name]
-        row = re.search(rf"{name} (–|[\d.]+) (\d+) ([\d.]+)[*†]? (–|\d+ %) (–|\d+ %) (\d+)", page.text)
+        row = re.search(rf"{name} (–|[\d.]+) (\d+) ([\d.]+)[*†]? (–|\d+) (–|\d+) (\d+)", page.text)
         assert int(row[2]) == truth[:, c].sum() and float(row[3]) == round(cut[name], 2) and int(row[6]) == said.sum()
         if truth[:, c].any():
             assert row[1] == f"{100 * average_precision_score(truth[:, c], probs[:, c]):.1f}"
-            assert row[5] == f"{100 * recall_score(truth[:, c], said):.0f} %"
+            assert row[5] == f"{100 * recall_score(truth[:, c], said):.0f}"
         else:
             assert row[1] == "–" and row[5] == "–", "no picture shows it, so nothing is known of it"
-        assert row[4] == (f"{100 * precision_score(truth[:, c], said):.0f} %" if said.any() else "–")
+        assert row[4] == (f"{100 * precision_score(truth[:, c], said):.0f}" if said.any() else "–")
     assert "1 of 5 classes have no positive there" in page.text and "No test picture shows heart" in page.text
     low, high = map(float, re.search(r"95 % interval ([\d.]+) to ([\d.]+)", page.text).groups())
     assert 0 <= low < np.mean(scores) < high <= 100
