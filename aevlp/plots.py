@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BLACK', 'ORANGE', 'SKY', 'GREEN', 'YELLOW', 'BLUE', 'VERMILLION', 'PURPLE', 'CYCLE', 'MARKERS', 'style', 'Picture',
-           'canvas', 'png', 'save', 'probability_histograms', 'delta_neg_curves', 'pseudo_quality', 'learning_curves',
-           'patches_over_image', 'similarity_heatmap', 'scores_bar']
+           'canvas', 'png', 'save', 'probability_histograms', 'half_interval', 'delta_neg_curves', 'pseudo_quality',
+           'learning_curves', 'patches_over_image', 'similarity_heatmap', 'scores_bar', 'front', 'cost_front']
 
 # %% ../nbs/14_plots.ipynb #53cd1d25
 from contextlib import contextmanager
@@ -18,7 +18,8 @@ import seaborn as sns
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, PercentFormatter
+from scipy import stats
 
 # %% ../nbs/14_plots.ipynb #206e4ced
 BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILLION, PURPLE = (
@@ -71,16 +72,18 @@ def png(
 
 def save(
     fig, # the figure
-    path, # where; the ending is replaced by .png and .svg
-    dpi=150, # dots per inch of the PNG
-) -> list: # the two paths written
-    "Write the figure as PNG and as SVG, without dates or random identifiers."
+    path, # where; the ending is replaced by .png, .svg and .pdf
+    dpi=300, # dots per inch of the PNG
+) -> list: # the three paths written
+    "Write the figure as PNG, SVG and PDF, without dates or random identifiers."
     path = Path(path)
-    path = path.with_suffix('') if path.suffix in ('.png', '.svg') else path
+    path = path.with_suffix('') if path.suffix in ('.png', '.svg', '.pdf') else path
     path.parent.mkdir(parents=True, exist_ok=True)
-    files = [path.parent/f'{path.name}.png', path.parent/f'{path.name}.svg']
+    files = [path.parent/f'{path.name}.{ending}' for ending in ('png', 'svg', 'pdf')]
     files[0].write_bytes(png(fig, dpi))
-    with style(): fig.savefig(files[1], format='svg', metadata={'Date': None, 'Creator': None})
+    with style():
+        fig.savefig(files[1], format='svg', metadata={'Date': None, 'Creator': None})
+        fig.savefig(files[2], format='pdf', metadata={'CreationDate': None, 'Creator': None, 'Producer': None})
     return files
 
 # %% ../nbs/14_plots.ipynb #181f0d2b
@@ -122,9 +125,17 @@ def probability_histograms(
     return fig
 
 # %% ../nbs/14_plots.ipynb #44ad274d
+def half_interval(
+    group, # of a grouped column: numbers of several seeds
+): # half the width of the 95 % t-interval, 0 for one seed
+    "How far the mean of a row is sure."
+    n = group.count()
+    return (group.sem(ddof=1) * stats.t.ppf(0.975, (n - 1).clip(lower=1))).fillna(0)
+
+
 def _mean_band(ax, frame, x, y, colour, marker, label=None, dots=True, **kw):
     group = frame.groupby(x)[y]
-    mean, spread = group.mean(), group.std(ddof=1).fillna(0)
+    mean, spread = group.mean(), half_interval(group)
     ax.plot(mean.index, mean, color=colour, marker=marker, label=label, **kw)
     ax.fill_between(mean.index, mean - spread, mean + spread, color=colour, alpha=0.2, linewidth=0)
     if dots and group.size().max() > 1: ax.plot(frame[x], frame[y], '.', color=colour, alpha=0.55, markersize=4)
@@ -275,4 +286,43 @@ def scores_bar(
         ax.set(xlim=(0, 1), xlabel='score', ylim=(len(order) - 0.4, -0.6))
         ax.grid(axis='y', visible=False)
         fig.legend(*ax.get_legend_handles_labels(), loc='outside lower center', ncols=2, fontsize=10)
+    return fig
+
+# %% ../nbs/14_plots.ipynb #ebca8df3
+def front(
+    costs, # (n,) what each row costs, lower is better
+    values, # (n,) what it gives, higher is better
+) -> np.ndarray: # (n,) bool
+    "The rows that no other beats at their price or below (the Pareto front)."
+    costs, values = np.asarray(costs, dtype=float), np.asarray(values, dtype=float)
+    better = (costs[:, None] <= costs) & (values[:, None] >= values)
+    strictly = (costs[:, None] < costs) | (values[:, None] > values)
+    return ~(better & strictly).any(0)
+
+
+def _cost_panel(ax, table, cost, title):
+    for i, (kind, part) in enumerate(table.groupby('kind', sort=False)):
+        ax.errorbar(part[cost], part['map'], yerr=part['half'], fmt=MARKERS[i % 7], color=CYCLE[i % 7], capsize=3, elinewidth=1.2,
+                    linestyle='none', label=kind)
+    best = table[front(table[cost], table['map'])].sort_values(cost)
+    ax.step(best[cost], best['map'], where='post', color='#777777', linewidth=1, linestyle=(0, (4, 2)), zorder=0, label='nothing beats it')
+    for row in best.itertuples():
+        ax.annotate(row.label, (getattr(row, cost), row.map), xytext=(-5, 8), textcoords='offset points', fontsize=9, ha='right')
+    ax.set(xscale='log', xlabel=title)
+    ax.margins(x=0.22, y=0.1)
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if table[cost].max() < 50 * table[cost].min() else (1,)))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f'{v:g}'))
+    ax.xaxis.set_minor_formatter('')
+
+
+def cost_front(
+    table, # one row a method: `label`, `kind`, `map` in percent, `half` its interval, and the columns of `costs`
+    costs, # {column: title with its unit}, one panel each
+) -> Figure: # panels on one mAP axis
+    "mAP against what it costs, on logarithmic axes, with the rows that nothing beats joined (Figure 4)."
+    with style():
+        fig, axes = canvas(1, len(costs), (5.2 * len(costs), 4.6), sharey=True, squeeze=False)
+        for ax, (cost, title) in zip(axes[0], costs.items()): _cost_panel(ax, table, cost, title)
+        axes[0, 0].set_ylabel('test mAP (%)')
+        fig.legend(*axes[0, 0].get_legend_handles_labels(), loc='outside lower center', ncols=4)
     return fig
