@@ -32,6 +32,7 @@ class _Training:
     weight_decay: float    # of the optimizer
     shift: float           # largest shift of a training picture, share of its sides; mirrored at the edges; 0: none
     ema: float             # decay of the weights' moving average that is judged and kept; 0: the weights as they are
+    select_by: str         # the best epoch by 'map', by 'auc_observed', or 'auto': mAP where enough labels are known
     early_stop: str        # 'none', 'aevlp', 'gr', 'em' or 'll': see `should_stop`
     precision: str         # 'no', 'bf16' or 'fp16': Accelerate's mixed precision
     threads: int           # of the CPU, part of the run, for sums depend on it; 0: as many as torch takes
@@ -164,6 +165,7 @@ TRAINING = (
     _s('shift', _STEADY, 1 / 16, methods=('aevlp-augmented',)),
     _s('ema', 'paper 6.1: none', 0.0),
     _s('ema', _STEADY, 0.998, methods=('aevlp-augmented',)),
+    _s('select_by', 'paper 6.1: validation mAP on clean labels; ' + _OURS + ' where they are unknown', 'auto'),
     _s('early_stop', 'paper 6.1: all epochs, the best by validation mAP', 'none'),
     _s('precision', _OURS, 'no'),
     _s('threads', _OURS + ': glyphs: its networks gain little from a second one', *[0] * 4, 1),
@@ -333,7 +335,8 @@ SETTINGS = TRAINING + LOSSES + SINGLE + DAMP + tuple(
 # %% ../nbs/09_recipes.ipynb #eec94206
 FIELDS = {f.name: f.type for f in fields(Recipe)}
 FIDELITIES = ('paper', 'released')
-_CHOICES = dict(optimizer=('adam', 'adamax', 'sgd'), early_stop=('none', 'aevlp', 'gr', 'em', 'll'), precision=('no', 'bf16', 'fp16'),
+_CHOICES = dict(select_by=('map', 'auc_observed', 'auto'), optimizer=('adam', 'adamax', 'sgd'),
+                early_stop=('none', 'aevlp', 'gr', 'em', 'll'), precision=('no', 'bf16', 'fp16'),
                 v4=('clip', 'constant'), regulariser_over=('set', 'batch'), negative_rule=('percentile', 'floor'), negatives_as=(-1, 0),
                 augment=('weak', 'flip', 'none'), clip_norm=('clip', 'imagenet'))
 _AT_LEAST = dict(epochs=1, batch_size=1, image_size=1, grid=1, top_k=0, workers=-1, threads=0, overlap=0, eta=0, noise_layers=1, mime_samples=1,
@@ -385,9 +388,10 @@ def _resolve(dataset, method, fidelity):
     return out if known else out | {k: (v, _OURS + ': small, for a set of unknown size') for k, v in _SMALL_MIME.items()}
 
 def estimates(data):  # a `LabelledImages`
-    "What a data set without published values says itself: positives per image of its fully labelled validation split"
-    rows = data.splits.get('val', ())
-    if data.truth is None or not len(rows): return {}
+    "What a data set without published values says itself: positives per image of its validation pictures with all labels known"
+    if data.truth is None: return {}
+    rows = [i for i in data.splits.get('val', ()) if (data.truth[i] >= 0).all()]
+    if not rows: return {}
     mean = float(data.truth[rows].sum(1).mean())
     return dict(expected_positives=mean, random_positives=max(mean - 1, 0.), top_k=max(3, round(mean)))
 
@@ -445,7 +449,7 @@ def parse_overrides(pairs):  # ['lr=1e-4', 'grid=3']
 
 # %% ../nbs/09_recipes.ipynb #3963aee4
 def should_stop(rule,     # `Recipe.early_stop`
-                scores):  # validation mAP in percent, one per epoch so far
+                scores):  # of validation in percent, by the rule that selects, one per epoch so far
     "Whether training ends after the last of `scores`"
     if rule == 'none' or len(scores) < 2: return False
     best, last = max(scores), scores[-1]

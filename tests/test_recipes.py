@@ -215,6 +215,8 @@ def test_own_pictures_are_like_voc_with_their_own_counts():
     assert (made.expected_positives, made.top_k) == (3.5, 2)
     assert recipe("voc", "aevlp", data=data).expected_positives == 1.5
     assert estimates(SimpleNamespace(truth=None, splits={})) == {}
+    truth[5:, 3] = -1  # five pictures of which not all is known count nowhere
+    assert estimates(data) == dict(expected_positives=6.0, random_positives=5.0, top_k=6)
 
 
 @pytest.mark.parametrize(

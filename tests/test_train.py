@@ -15,7 +15,8 @@ import tiny
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from sklearn.metrics import average_precision_score
+from scipy.stats import rankdata
+from sklearn.metrics import average_precision_score, roc_auc_score
 
 from aevlp import train, vlm
 from aevlp.data import AevlpError, LabelledImages, decode, epoch_order, replacing
@@ -131,17 +132,81 @@ def test_pseudo_label_numbers_from_the_saved_labels(data, run):
     assert metrics["accumulated_recall"] == pytest.approx(history.accumulated_recall.iloc[-1])
 
 
-def test_without_truth_nothing_is_claimed(data, tmp_path):
+def test_without_truth_nothing_is_called_map(data, tmp_path):
+    """Given labels alone: their AUC, recall and rank, counted here with scikit-learn and scipy."""
     unknown = replace(data, truth=None)
-    metrics = tiny.train(tmp_path / "run", "gpr+random", unknown, {"epochs": 1})
+    metrics = tiny.train(tmp_path / "run", "gpr+random", unknown, {"epochs": 4})
     history = pd.read_csv(tmp_path / "run" / "history.csv")
-    assert history[list(train.QUALITY)].isna().all(axis=None)
+    assert history[list(train.QUALITY)].isna().all(axis=None) and history.val_map.isna().all()
     assert metrics["average_precision"] is None and metrics["accumulated_recall"] is None
+    assert metrics["test_map"] is metrics["val_map"] is metrics["test"]["map"] is metrics["val"]["map"] is None
+    assert set(metrics["per_class"].values()) == {None} and set(metrics["per_class_n"].values()) == {0}
     saved = np.load(tmp_path / "run" / "predictions.npz")
     assert (saved["targets"] == (data.observed[data.splits["test"]] == 1)).all()
-    assert metrics["test_map"] == pytest.approx(sklearn_map(saved["probs"], saved["targets"]), abs=1e-3)
-    with pytest.raises(AevlpError, match="full"):
-        tiny.train(tmp_path / "full", "full", unknown)
+    for split, probs in (("test", saved["probs"]), ("val", saved["val_probs"])):
+        given, said = data.observed[data.splits[split]] == 1, metrics[split]
+        auc = [100 * roc_auc_score(given[:, c], probs[:, c]) for c in range(5)]
+        ranks = rankdata(-probs, axis=1)[given]
+        assert said["auc_observed"][0] == pytest.approx(np.mean(auc))
+        assert said["mean_rank"][0] == pytest.approx(ranks.mean())
+        for k in (1, 3, 5):
+            assert said[f"recall@{k}"][0] == pytest.approx(100 * (ranks <= k).mean())
+        assert all(low <= value <= high for value, low, high in filter(None, said.values()))
+        if split == "test":
+            assert list(metrics["per_class_auc_observed"].values()) == pytest.approx(auc)
+            assert list(metrics["per_class_given"].values()) == given.sum(0).tolist()
+    assert metrics["select_by"] == "auc_observed"
+    assert metrics["best_epoch"] == history.epoch[history.val_auc_observed.idxmax()]
+    assert metrics["val"]["auc_observed"][0] == pytest.approx(history.val_auc_observed.max())
+
+
+def test_own_classes_without_evidence_are_left_out(data, tmp_path):
+    """A class without a positive in the test split has no AP, and its zero is not in the mean; a benchmark keeps it."""
+    test, truth = data.splits["test"], data.truth.copy()
+    truth[test, 2] = 0
+    truth[test[:10], 1] = -1  # ten pictures of which this class is unknown
+    observed = data.observed * (truth == 1)
+    own = replace(data, truth=truth, observed=observed, own=True)
+    metrics = tiny.train(tmp_path / "own", "an", own, {"epochs": 1})
+    saved = np.load(tmp_path / "own" / "predictions.npz")
+    names, t, p = data.class_names, truth[test], saved["probs"]
+    expected = [100 * average_precision_score(t[t[:, c] >= 0, c], p[t[:, c] >= 0, c]) for c in (0, 1, 3, 4)]
+    assert metrics["per_class"][names[2]] is None and metrics["per_class_positives"][names[2]] == 0
+    assert [metrics["per_class"][names[c]] for c in (0, 1, 3, 4)] == pytest.approx(expected)
+    assert metrics["test_map"] == metrics["test"]["map"][0] == pytest.approx(np.mean(expected))
+    assert metrics["per_class_n"] == {n: len(test) - 10 * (n == names[1]) for n in names}
+    assert metrics["per_class_positives"] == dict(zip(names, (t == 1).sum(0).tolist(), strict=True))
+    field = tiny.train(tmp_path / "field", "an", replace(own, own=False), {"epochs": 1})
+    assert field["per_class"][names[2]] == 0 and field["test_map"] == pytest.approx(np.sum(expected) / 5)
+
+
+def test_what_chooses_the_best_epoch(data, tmp_path):
+    val = data.splits["val"]
+    known = lambda n: replace(data, truth=np.where(np.isin(np.arange(len(data)), val[:n])[:, None], data.truth, -1))
+    chosen = train.chosen_by
+    assert chosen("auto", data) == "map" and chosen("auc_observed", data) == "auc_observed"
+    assert chosen("auto", known(len(val))) == "map" and chosen("map", known(10)) == "map"
+    assert chosen("auto", known(10)) == "auc_observed", "too few reviewed pictures"
+    ungiven = replace(data, truth=None, observed=0 * data.observed)
+    assert chosen("auto", ungiven) is None and chosen("auto", replace(data, observed=0 * data.observed)) == "map"
+    positives = replace(data, truth=np.where(data.truth == 1, 1, -1))
+    assert chosen("auto", positives) == "auc_observed", "positives alone are no truth"
+    for rule, lacking in (("map", replace(data, truth=None)), ("auc_observed", ungiven)):
+        with pytest.raises(AevlpError, match=f"select_by={rule} needs validation pictures with .*select_by=auto"):
+            tiny.train(tmp_path / rule, "an", lacking, {"select_by": rule})
+        assert not (tmp_path / rule).exists()
+    metrics = tiny.train(tmp_path / "run", "gpr+random", data, {"select_by": "auc_observed", "epochs": 4})
+    history = pd.read_csv(tmp_path / "run" / "history.csv")
+    assert metrics["select_by"] == "auc_observed" and metrics["test_map"] is not None
+    assert metrics["best_epoch"] == history.epoch[history.val_auc_observed.idxmax()]
+
+
+def test_an_early_stop_follows_the_rule_that_selects(data, tmp_path, monkeypatch):
+    told = iter([70.0, 60.0, 90.0])
+    said = lambda self, split, probs: (np.full(5, np.nan), np.full(5, next(told, 1.0)))
+    monkeypatch.setattr(train.Training, "score", said)
+    tiny.train(tmp_path / "run", "an", replace(data, truth=None), {"early_stop": "em", "epochs": 3})
+    assert pd.read_csv(tmp_path / "run" / "history.csv").val_auc_observed.tolist() == [70.0, 60.0]
 
 
 def test_without_validation_the_last_epoch_counts(data, tmp_path):
