@@ -815,7 +815,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'aevlp.train.Training.save_weights': ('train.html#training.save_weights', 'aevlp/train.py'),
                              'aevlp.train.Training.score': ('train.html#training.score', 'aevlp/train.py'),
                              'aevlp.train.Training.step': ('train.html#training.step', 'aevlp/train.py'),
-                             'aevlp.train.Training.targets': ('train.html#training.targets', 'aevlp/train.py'),
                              'aevlp.train.Training.track': ('train.html#training.track', 'aevlp/train.py'),
                              'aevlp.train.Training.train_epoch': ('train.html#training.train_epoch', 'aevlp/train.py'),
                              'aevlp.train.Training.write_history': ('train.html#training.write_history', 'aevlp/train.py'),

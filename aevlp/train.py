@@ -590,12 +590,6 @@ def probabilities(self: Training, split):
 
 # %% ../nbs/13_train.ipynb #e4f796c0
 @patch
-def targets(self: Training, split):
-    "Labels to score against; a split may be missing."
-    return self.data.targets(split) if len(self.ids[split]) else np.empty((0, len(self.data.class_names)), np.int8)
-
-
-@patch
 def known(self: Training, split):
     "The truth of a split, -1 where it is unknown, and what is given of it."
     given = self.data.observed[self.ids[split]]
