@@ -17,10 +17,11 @@ from torch.distributions import Beta, kl_divergence
 # %% ../nbs/01_losses.ipynb #feed80b8
 def _wide(x): return x if x.dtype == torch.float64 else x.float()
 
-def _nl(logits):
-    "-log p and -log(1 - p)"
+def _nl(logits, epsilon=0.):
+    "-log p and -log(1 - p); with `epsilon` inside the logarithms, as the released codes have them"
     logits = _wide(logits)
-    return -F.logsigmoid(logits), -F.logsigmoid(-logits)
+    if not epsilon: return -F.logsigmoid(logits), -F.logsigmoid(-logits)
+    return -(torch.sigmoid(logits) + epsilon).log(), -(torch.sigmoid(-logits) + epsilon).log()
 
 def _reduce(matrix, reduction):
     if reduction == 'none': return matrix
@@ -32,9 +33,10 @@ def bce(
     logits,  # (B, C)
     targets,  # (B, C) in [0, 1]
     reduction='mean',  # 'mean' or 'none'
+    epsilon=0.,  # inside the logarithms; 0 = exact
 ):
     "Binary cross-entropy (section 3)"
-    positive, negative = _nl(logits)
+    positive, negative = _nl(logits, epsilon)
     targets = targets.to(positive.dtype)
     return _reduce(targets * positive + (1 - targets) * negative, reduction)
 
@@ -42,9 +44,10 @@ def an(
     logits,  # (B, C)
     observed,  # (B, C) in {-1, 0, 1}
     reduction='mean',
+    epsilon=0.,  # see `bce`
 ):
     "Assume negative: BCE with everything unobserved as negative"
-    return bce(logits, observed == 1, reduction)
+    return bce(logits, observed == 1, reduction, epsilon)
 
 # %% ../nbs/01_losses.ipynb #c9b0468e
 def false_negative_rate(p, w, b):
@@ -68,11 +71,12 @@ def gr(
     w, b,  # beta of this epoch: slope and offset of k-hat
     mu, sigma,  # alpha of this epoch: centre and width of v
     reduction='mean',
+    epsilon=0.,  # see `bce`; the powers of L2 have none
 ):
     "GR loss (Eq. 1)"
     p = torch.sigmoid(_wide(logits.detach()))
     unknown = unknown_weight(p, mu, sigma) * unknown_loss(logits, false_negative_rate(p, w, b), q1, q2)
-    positive, negative = _nl(logits)
+    positive, negative = _nl(logits, epsilon)
     return _reduce(torch.where(observed == 1, positive, torch.where(observed == 0, unknown, negative)), reduction)
 
 # %% ../nbs/01_losses.ipynb #be200bb1
@@ -93,9 +97,9 @@ def positive_pseudo_weight(p, mu, sigma, lambda1, lambda2):
     "v4: weight of positive pseudo-labels, high where the model is far from mu (section 4.2)"
     return (1 - unknown_weight(p, mu, sigma)).clamp(lambda1, lambda2)
 
-def positive_pseudo_loss(logits, q3):
+def positive_pseudo_loss(logits, q3, epsilon=0.):
     "L4: smoothed -log p of a positive pseudo-label (Eq. 3)"
-    positive, negative = _nl(logits)
+    positive, negative = _nl(logits, epsilon)
     return (1 - q3) * negative + q3 * positive
 
 def expected_positive_regulariser(
@@ -116,12 +120,13 @@ def gpr(
     eta,  # weight of R
     expected_positives,  # m of R
     reduction='mean',  # 'none' leaves R out
+    epsilon=0.,  # see `gr`
 ):
     "GPR loss (Eq. 2); without pseudo-labels and with eta = 0 it is `gr`, bit for bit"
-    matrix = gr(logits, observed, q1=q1, q2=q2, w=w, b=b, mu=mu, sigma=sigma, reduction='none')
+    matrix = gr(logits, observed, q1=q1, q2=q2, w=w, b=b, mu=mu, sigma=sigma, reduction='none', epsilon=epsilon)
     p, unknown = torch.sigmoid(_wide(logits.detach())), observed == 0
-    added = positive_pseudo_weight(p, mu, sigma, lambda1, lambda2) * positive_pseudo_loss(logits, q3)
-    removed = unknown_weight(p, mu, sigma) * _nl(logits)[1]  # v3 L3
+    added = positive_pseudo_weight(p, mu, sigma, lambda1, lambda2) * positive_pseudo_loss(logits, q3, epsilon)
+    removed = unknown_weight(p, mu, sigma) * _nl(logits, epsilon)[1]  # v3 L3
     matrix = torch.where(unknown & (pseudo == 1), added, torch.where(unknown & (pseudo == -1), removed, matrix))
     loss = _reduce(matrix, reduction)
     return loss + eta * expected_positive_regulariser(logits, expected_positives) if eta and reduction == 'mean' else loss
@@ -132,9 +137,10 @@ def bce_pl(
     observed,  # (B, C) in {-1, 0, 1}
     pseudo,  # (B, C) in {-1, 0, 1}
     reduction='mean',
+    epsilon=0.,  # see `bce`
 ):
     "BCE with observed and pseudo-positives as positives, all else negative (Table 2)"
-    return bce(logits, (observed == 1) | ((observed == 0) & (pseudo == 1)), reduction)
+    return bce(logits, (observed == 1) | ((observed == 0) & (pseudo == 1)), reduction, epsilon)
 
 # %% ../nbs/01_losses.ipynb #9da018f2
 def an_ls(
@@ -142,30 +148,33 @@ def an_ls(
     observed,  # (B, C) in {-1, 0, 1}
     smoothing=.1,  # in [0, 0.5): targets are 1 - smoothing and smoothing
     reduction='mean',
+    epsilon=0.,  # see `bce`
 ):
     "Assume negative with label smoothing"
-    return bce(logits, torch.where(observed == 1, 1 - smoothing, smoothing), reduction)
+    return bce(logits, torch.where(observed == 1, 1 - smoothing, smoothing), reduction, epsilon)
 
 def wan(
     logits,  # (B, C)
     observed,  # (B, C) in {-1, 0, 1}
     reduction='mean',
+    epsilon=0.,  # see `bce`
 ):
     "Weak assume negative: unknown labels weigh 1 / (C - 1)"
-    matrix = an(logits, observed, 'none')
+    matrix = an(logits, observed, 'none', epsilon)
     return _reduce(torch.where(observed == 0, matrix / max(logits.shape[1] - 1, 1), matrix), reduction)
 
 def epr(
     logits,  # (B, C)
     observed,  # (B, C) in {-1, 0, 1}
     expected_positives,  # m, positives per image
+    epsilon=0.,  # see `bce`
 ):
     "Expected positive regularisation: observed labels, and R on all"
-    return (an(logits, observed, 'none') * (observed != 0)).mean() + expected_positive_regulariser(logits, expected_positives)
+    return (an(logits, observed, 'none', epsilon) * (observed != 0)).mean() + expected_positive_regulariser(logits, expected_positives)
 
 # %% ../nbs/01_losses.ipynb #b26a0534
-def _entropy(logits):
-    (positive, negative), p = _nl(logits), torch.sigmoid(_wide(logits))
+def _entropy(logits, epsilon):
+    (positive, negative), p = _nl(logits, epsilon), torch.sigmoid(_wide(logits))
     return p * positive + (1 - p) * negative
 
 def em(
@@ -173,9 +182,10 @@ def em(
     observed,  # (B, C) in {-1, 0, 1}
     alpha,  # weight of the entropy
     reduction='mean',
+    epsilon=0.,  # see `bce`
 ):
     "Entropy maximisation on unknown labels"
-    return _reduce(torch.where(observed == 0, -alpha * _entropy(logits), an(logits, observed, 'none')), reduction)
+    return _reduce(torch.where(observed == 0, -alpha * _entropy(logits, epsilon), an(logits, observed, 'none', epsilon)), reduction)
 
 def apl(
     logits,  # (B, C)
@@ -184,11 +194,12 @@ def apl(
     alpha,  # weight of the entropy
     beta,  # weight of soft labels
     reduction='mean',
+    epsilon=0.,  # see `bce`
 ):
     "Entropy maximisation with asymmetric pseudo-labels"
     known = (observed == 0) & ~soft_negatives.isnan()
-    soft = beta * bce(logits, soft_negatives.nan_to_num(), 'none')
-    return _reduce(torch.where(known, soft, em(logits, observed, alpha, 'none')), reduction)
+    soft = beta * bce(logits, soft_negatives.nan_to_num(), 'none', epsilon)
+    return _reduce(torch.where(known, soft, em(logits, observed, alpha, 'none', epsilon)), reduction)
 
 def vlpl(
     logits,  # (B, C)
@@ -199,10 +210,11 @@ def vlpl(
     beta_pos,  # weight of positive pseudo-labels
     smoothing=.1,  # their target is 1 - smoothing
     reduction='mean',
+    epsilon=0.,  # see `bce`
 ):
     "VLPL: entropy maximisation with smoothed positive pseudo-labels"
-    added = beta_pos * positive_pseudo_loss(logits, 1 - smoothing)
-    matrix, unknown = em(logits, observed, alpha, 'none'), observed == 0
+    added = beta_pos * positive_pseudo_loss(logits, 1 - smoothing, epsilon)
+    matrix, unknown = em(logits, observed, alpha, 'none', epsilon), observed == 0
     return _reduce(torch.where(unknown & (pseudo == 1), added, matrix.masked_fill(unknown & (pseudo == -1), 0.)), reduction)
 
 # %% ../nbs/01_losses.ipynb #15692ea1
@@ -236,9 +248,11 @@ def role(
     theta,  # (B, C) logits of the estimated labels, rows of a trainable (N, C) table
     observed,  # (B, C) in {-1, 0, 1}
     expected_positives,  # m, positives per image
+    epsilon=0.,  # see `bce`; on both sets of logits
 ):
     "Regularised online label estimation"
-    def half(ours, other): return epr(ours, observed, expected_positives) + bce(ours, torch.sigmoid(_wide(other.detach())))
+    def half(ours, other):
+        return epr(ours, observed, expected_positives, epsilon) + bce(ours, torch.sigmoid(_wide(other.detach())), epsilon=epsilon)
     return (half(logits, theta) + half(theta, logits)) / 2
 
 # %% ../nbs/01_losses.ipynb #13d2b380
@@ -252,9 +266,10 @@ def mime(
     mu,  # (B, C, Z) means of the latents
     log_std,  # (B, C, Z) log of their deviations
     beta,  # weight of the bottleneck
+    epsilon=0.,  # see `bce`
 ):
     "MIME: BCE with the grown labels, and an information bottleneck"
-    return bce(logits, label_matrix) + beta * _gaussian_kl(mu, log_std)
+    return bce(logits, label_matrix, epsilon=epsilon) + beta * _gaussian_kl(mu, log_std)
 
 def smile(
     logits,  # (B, C)
@@ -267,10 +282,12 @@ def smile(
     theta, a, b,  # weights: classifier on enhanced labels, classifier on observed, enhanced on observed
     kl,  # weight of both divergences
     enhanced=None,  # (B, C) labels in (0, 1); None draws them
+    epsilon=0.,  # see `bce`
 ):
     "SMILE: classifier and enhanced labels teach each other"
     labels = Beta(_wide(concentration1), _wide(concentration0), validate_args=False)
     d = (labels.rsample() if enhanced is None else enhanced).clamp(1e-6, 1 - 1e-6)
     uniform = Beta(torch.ones_like(d), torch.ones_like(d), validate_args=False)
     divergences = _gaussian_kl(mu, log_std) + kl_divergence(labels, uniform).mean()
-    return theta * bce(logits, d) + a * an(logits, observed) + b * an(torch.logit(d), observed) + kl * divergences
+    bces = bce(logits, d, epsilon=epsilon), an(logits, observed, epsilon=epsilon), an(torch.logit(d), observed, epsilon=epsilon)
+    return theta * bces[0] + a * bces[1] + b * bces[2] + kl * divergences
