@@ -1,6 +1,9 @@
 """A finished run put to use: calibrated thresholds, predictions, exported models, the model card."""
 
 import json
+import os
+import shutil
+import warnings
 
 import numpy as np
 import pandas as pd
@@ -12,7 +15,7 @@ from sklearn.metrics import f1_score
 from tiny import shapes
 
 from aevlp import deploy, outcome, runs, train
-from aevlp.data import AevlpError
+from aevlp.data import AevlpError, AevlpWarning, made_here
 from aevlp.recipes import Recipe
 
 SMALL = {"backbone": "glyphnet", "backbone_weights": "none", "image_size": 32, "workers": 0, "epochs": 1}
@@ -142,3 +145,158 @@ def test_wrong_input_is_one_sentence(run, tmp_path):
         deploy.export(run, "pickle")
     with pytest.raises(AevlpError, match="not a run|no run"):
         deploy.card(tmp_path)
+
+
+@pytest.fixture
+def moved(run, tmp_path):
+    """A run of its own, with its pictures and labels, to be spoiled."""
+    folder = shutil.copytree(run.parent, tmp_path / "moved")
+    text = (folder / run.name / "params.yaml").read_text().replace(str(run.parent), str(folder))
+    (folder / run.name / "params.yaml").write_text(text)
+    return folder / run.name
+
+
+def test_every_picture_of_a_folder_gets_a_row_or_is_named(run, tmp_path):
+    folder = tmp_path / "photos"
+    (folder / "inner").mkdir(parents=True)
+    picture = run.parent / "pictures/000.png"
+    for name in ("a.png", "inner/b.PNG"):
+        shutil.copy(picture, folder / name)
+    for name in ("c.jfif", "d.jpe", "e.JPG"):
+        Image.open(picture).convert("RGB").save(folder / name, "JPEG")
+    for name in ("IMG_7.HEIC", "notes.txt", "raw.CR2", "._a.png"):
+        (folder / name).write_bytes(b"no picture that can be read")
+    with pytest.warns(AevlpWarning) as said:
+        table = deploy.predict(run, [folder])
+    assert [os.path.relpath(p, folder) for p in table.image] == ["a.png", "c.jfif", "d.jpe", "e.JPG", "inner/b.PNG"]
+    assert all(name in str(said[0].message) for name in ("IMG_7.HEIC", "notes.txt", "raw.CR2", "._a.png"))
+    (tmp_path / "none").mkdir()
+    (tmp_path / "none/x.heic").write_bytes(b"")
+    with pytest.raises(AevlpError, match="x.heic"):
+        deploy.predict(run, [tmp_path / "none"])
+
+
+def test_what_it_drew_is_not_taken_for_a_picture_later(run, tmp_path):
+    folder = shutil.copytree(run.parent / "pictures", tmp_path / "photos")
+    first = deploy.predict(run, [folder])
+    _, drawn = deploy.save_predictions(first, folder / "out.csv")
+    assert made_here(drawn) and not made_here(folder / "000.png")
+    with pytest.warns(AevlpWarning, match="made by aevlp"):
+        again = deploy.predict(run, [folder])
+    assert list(again.image) == list(first.image)
+
+
+@pytest.mark.parametrize("name", ["out.csv", "out-grid.png", "out.parquet"])
+def test_predictions_replace_predictions_and_nothing_else(run, tmp_path, name):
+    table = deploy.predict(run, [run.parent / "pictures/000.png"])
+    out = tmp_path / ("out.parquet" if name.endswith("parquet") else "out.csv")
+    deploy.save_predictions(table, out)
+    deploy.save_predictions(table, out)
+    mine = {
+        "out.csv": lambda p: shutil.copy(run.parent / "labels.csv", p),
+        "out-grid.png": lambda p: shutil.copy(run.parent / "pictures/000.png", p),
+        "out.parquet": lambda p: pd.DataFrame({"image": ["a"], "labels": ["b"], "mine": [0.5]}).to_parquet(p),
+    }
+    mine[name](tmp_path / name)
+    before = (tmp_path / name).read_bytes()
+    with pytest.raises(AevlpError, match=f"{name} is there already"):
+        deploy.save_predictions(table, out)
+    assert (tmp_path / name).read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["mine.json", "mine.pt"])
+def test_an_export_replaces_an_export_and_nothing_else(run, tmp_path, name):
+    deploy.export(run, "torchscript", tmp_path / "other.pt")
+    deploy.export(run, "torchscript", tmp_path / "other.pt")
+    about = json.loads((tmp_path / "other.json").read_text())
+    assert about["thresholds"] == deploy.thresholds(run).to_dict() and list(about["thresholds"]) == about["classes"]
+    (tmp_path / name).write_text('{"mine": 1}')
+    with pytest.raises(AevlpError, match="is there already"):
+        deploy.export(run, "torchscript", tmp_path / "mine.pt")
+    assert (tmp_path / name).read_text() == '{"mine": 1}'
+    with pytest.raises(AevlpError, match="beside the model"):
+        deploy.export(run, "torchscript", tmp_path / "model.json")
+
+
+def test_thresholds_are_part_of_a_finished_run(run):
+    kept, said = json.loads((run / "thresholds.json").read_text()), json.loads((run / "run.json").read_text())
+    assert list(kept) == said["class_names"] and set(said["thresholds_from"].values()) == {"truth"}
+
+
+WRONG = {
+    "'Cat' is no class": lambda found: found | {"Cat": 0.5},
+    "'sun' has no threshold": lambda found: {k: v for k, v in found.items() if k != "sun"},
+    "'sun' has the threshold '0.5'": lambda found: found | {"sun": "0.5"},
+    "'sun' has the threshold 50": lambda found: found | {"sun": 50},
+    "'sun' has the threshold nan": lambda found: found | {"sun": float("nan")},
+    "'sun' has the threshold True": lambda found: found | {"sun": True},
+}
+
+
+@pytest.mark.parametrize("said", WRONG)
+def test_a_mistyped_threshold_is_one_sentence(moved, said):
+    path = moved / "thresholds.json"
+    path.write_text(json.dumps(WRONG[said](json.loads(path.read_text()))))
+    for use in (lambda: deploy.predict(moved, [moved.parent / "pictures/000.png"]), lambda: deploy.export(moved, "torchscript")):
+        with pytest.raises(AevlpError, match=said) as error:
+            use()
+        assert "thresholds.json" in str(error.value)
+
+
+@pytest.mark.parametrize("what", ["gone", "changed"])
+def test_a_run_is_used_without_the_data_it_was_of(moved, what, tmp_path):
+    picture, csv = shutil.copy(moved.parent / "pictures/000.png", tmp_path / "new.png"), moved.parent / "labels.csv"
+    expected = deploy.predict(moved, [picture])
+    if what == "gone":
+        shutil.rmtree(moved.parent / "pictures")
+        csv.unlink()
+    else:
+        table = pd.read_csv(csv)
+        table.insert(2, "airship", 0)
+        table.loc[0, "airship"] = 1
+        table.to_csv(csv, index=False)
+    pd.testing.assert_frame_equal(deploy.predict(moved, [picture]), expected)
+    text = deploy.card(moved).read_text()
+    assert "of 5 classes" in text and "Since then: " in text and "airship" not in text
+    (moved / "thresholds.json").unlink()
+    pd.testing.assert_frame_equal(deploy.predict(moved, [picture]), expected)
+    (moved / "thresholds.json").unlink()
+    (moved / "predictions.npz").unlink()
+    with pytest.raises(AevlpError, match="--threshold"):
+        deploy.predict(moved, [picture])
+    assert len(deploy.predict(moved, [picture], threshold=0.5)) == 1
+
+
+def test_a_run_that_finished_before_it_kept_thresholds_asks_its_data(moved):
+    expected = deploy.thresholds(moved)
+    kept = np.load(moved / "predictions.npz", allow_pickle=False)
+    np.savez(moved / "predictions.npz", **{k: kept[k] for k in ("ids", "probs", "targets")})
+    for name in ("thresholds.json", "run.json"):
+        (moved / name).unlink()
+    pd.testing.assert_series_equal(deploy.thresholds(moved), expected, rtol=1e-4)
+    assert "of 5 classes" in deploy.card(moved).read_text()
+
+
+def test_a_folder_that_cannot_be_written_is_a_warning(moved, monkeypatch):
+    def full(path, value):
+        raise AevlpError(f"{path}: cannot be written (Read-only file system)")
+    expected = deploy.thresholds(moved)
+    (moved / "thresholds.json").unlink()
+    monkeypatch.setattr(deploy, "write_json", full)
+    with pytest.warns(AevlpWarning, match="are not kept"):
+        pd.testing.assert_series_equal(deploy.thresholds(moved), expected)
+
+
+@given(st.lists(st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1).filter(str.strip), unique=True, max_size=5))
+def test_labels_in_one_text_are_read_back(names):
+    assert deploy.label_list(deploy.label_text(names)) == names
+
+
+def test_classes_called_as_the_columns_are(run, tmp_path):
+    table = pd.DataFrame([[str(run.parent / "pictures/000.png"), '"cup; mug"; image', 0.9, 0.8, 0.1]],
+                         columns=["image", "labels", *deploy._columns(["cup; mug", "image", "labels"])])
+    assert table.columns.is_unique
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        saved, drawn = deploy.save_predictions(table, tmp_path / "out.csv")
+    assert deploy.label_list(pd.read_csv(saved).labels[0]) == ["cup; mug", "image"] and drawn.is_file()
