@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from . import plots, runs
+from . import outcome, plots, runs
 from .data import AevlpError, _checkout, write_text
 
 # %% ../nbs/15b_results.ipynb #e8d9bcab
@@ -282,7 +282,10 @@ def report(
     "One self-contained HTML page of a sweep: tables, significance, figures, failed runs, links to the notebooks."
     spec, folder = runs.load_spec(spec), Path(folder or runs.runs_root()).absolute()
     plan = runs.expand(spec, dataset, root, csv, seeds)
-    out = Path(out or folder / f"{spec['name']}.html")
+    named, out = bool(out), Path(out or folder / f"{spec['name']}.html")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if named:
+        outcome.keep_foreign(out, outcome.is_page)
     past = runs.history(folder, set(plan.run))
     parts = [f"<h1>{html.escape(spec.get('title') or spec['name'])}</h1>"]
     for name in plan.dataset.unique():
@@ -291,11 +294,10 @@ def report(
         parts += ["<h2>Failed runs</h2>", *failed]
     about = runs.provenance()
     parts.append(f'<p class="quiet">aevlp {about["version"]}, commit {about["commit"] or "unknown"}</p>')
-    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{html.escape(spec["name"])}</title>'
+    head = f'<meta charset="utf-8">{outcome.GENERATOR}<meta name="viewport" content="width=device-width"><title>{html.escape(spec["name"])}</title>'
     body = "\n".join(parts)
     if out.parent != folder:
         body = body.replace('href="', f'href="{folder.as_uri()}/')
-    out.parent.mkdir(parents=True, exist_ok=True)
     write_text(out, f"<!doctype html><html lang=en><head>{head}<style>{_STYLE}</style></head><body>{body}</body></html>")
     return out
 

@@ -273,3 +273,26 @@ def test_any_sweep_is_expanded_or_refused_with_one_sentence(spec):
         assert str(e).strip()
     else:
         assert len(plan) and plan.run.notna().all()
+
+
+def test_a_torn_file_is_a_row_that_says_so_and_the_others_stand(tmp_path):
+    whole, torn = finished(tmp_path), [finished(tmp_path, seed=s) for s in (1, 2)]
+    (torn[0] / "metrics.json").write_text('{"test_map": ')
+    (torn[1] / "status.json").write_text('["done"]')
+    table = runs.frame(tmp_path).set_index("run")
+    assert table.state[whole.name] == "done" and table.test_map[whole.name] == 60.0
+    for folder, name in zip(torn, ("metrics.json", "status.json"), strict=True):
+        assert table.state[folder.name] == "unreadable" and name in table.error[folder.name]
+    with pytest.raises(runs.RunFailed, match="metrics.json"):
+        runs.train(runs.read_params(torn[0]), runs=tmp_path, show=False)
+
+
+def test_the_kernel_is_this_interpreter_s_whatever_python3_is_to_jupyter(tmp_path, monkeypatch):
+    stale = tmp_path / "jupyter/kernels/python3"
+    stale.mkdir(parents=True)
+    argv = ["/opt/gone/bin/python", "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+    (stale / "kernel.json").write_text(json.dumps({"argv": argv, "display_name": "Python 3", "language": "python"}))
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
+    notebook = fake_notebook(tmp_path / "runs")
+    outcome = runs.attempt(runs.run_params("glyphs", "gr"), tmp_path / "runs", notebook)
+    assert outcome["state"] == "done", outcome["error"]
