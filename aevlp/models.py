@@ -145,36 +145,43 @@ def sine_positions(height, width, channels, device=None):
     y, x = one(height)[:, None].expand(-1, width, -1), one(width)[None].expand(height, -1, -1)
     return torch.cat([y, x], -1).flatten(0, 1)
 
-class _CrossLayer(nn.Module):
-    "A decoder layer without self-attention: queries attend to the map"
+class _AttentionLayer(nn.Module):
+    "A transformer layer: what attends, to what, and what it takes from there are given apart"
     def __init__(self, width, heads, ffn, dropout):
         super().__init__()
         self.attention = nn.MultiheadAttention(width, heads, dropout=dropout, batch_first=True)
         self.ffn = nn.Sequential(nn.Linear(width, ffn), nn.ReLU(), nn.Dropout(dropout), nn.Linear(ffn, width))
         self.norm1, self.norm2, self.dropout = nn.LayerNorm(width), nn.LayerNorm(width), nn.Dropout(dropout)
+        for weight in self.parameters():
+            if weight.ndim > 1: nn.init.xavier_uniform_(weight)
 
-    def forward(self, queries, memory, positions):
-        queries = self.norm1(queries + self.dropout(self.attention(queries, memory + positions, memory, need_weights=False)[0]))
-        return self.norm2(queries + self.dropout(self.ffn(queries)))
+    def forward(self, x, queries, keys, values):
+        x = self.norm1(x + self.dropout(self.attention(queries, keys, values, need_weights=False)[0]))
+        return self.norm2(x + self.dropout(self.ffn(x)))
 
 class MimeHead(nn.Module):
     "MIME: a latent per class under an information bottleneck"
     needs_map = True
     def __init__(self, channels, n_classes, width, heads, ffn, dropout, z, samples):
         super().__init__()
-        self.project, self.queries = nn.Conv2d(channels, width, 1), nn.Parameter(torch.randn(n_classes, width))
-        self.encoder = nn.TransformerEncoderLayer(width, heads, ffn, dropout, batch_first=True)
-        self.decoder = nn.ModuleList(_CrossLayer(width, heads, ffn, dropout) for _ in range(2))
+        self.project = nn.Identity() if channels == width else nn.Conv2d(channels, width, 1)
+        self.queries = nn.Parameter(torch.randn(n_classes, width))
+        self.encoder = _AttentionLayer(width, heads, ffn, dropout)
+        self.decoder, self.norm = nn.ModuleList(_AttentionLayer(width, heads, ffn, dropout) for _ in range(2)), nn.LayerNorm(width)
         self.latent = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 2 * z))
         self.weight, self.bias, self.samples = nn.Parameter(torch.empty(n_classes, z).uniform_(-z ** -.5, z ** -.5)), nn.Parameter(torch.zeros(n_classes)), samples
 
-    def forward(self, features):  # (B, F, h, w)
+    def decode(self, features):  # (B, F, h, w) -> (B, C, width)
+        "One vector a class: positions and queries say where to look, and are not part of what is found"
         x = self.project(features)
-        positions = sine_positions(*x.shape[2:], x.shape[1], x.device).to(x.dtype)
-        memory = self.encoder(x.flatten(2).transpose(1, 2) + positions)
-        queries = self.queries.expand(len(x), -1, -1)
-        for layer in self.decoder: queries = layer(queries, memory, positions)
-        mu, log_std = self.latent(queries).float().chunk(2, -1)
+        positions, x = sine_positions(*x.shape[2:], x.shape[1], x.device).to(x.dtype), x.flatten(2).transpose(1, 2)
+        memory = self.encoder(x, x + positions, x + positions, x)
+        found = torch.zeros_like(self.queries).expand(len(x), -1, -1)
+        for layer in self.decoder: found = layer(found, found + self.queries, memory + positions, memory)
+        return self.norm(found)
+
+    def forward(self, features):  # (B, F, h, w)
+        mu, log_std = self.latent(self.decode(features)).float().chunk(2, -1)
         log_std = (log_std / 2).clamp(-6, 6)
         if not self.training: return (mu * self.weight).sum(-1) + self.bias
         z = mu + log_std.exp() * torch.randn(self.samples, *mu.shape, device=mu.device).mean(0)

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from aevlp import models
 from aevlp.data import AevlpError
 from aevlp.models import BACKBONES, HEADS, BoostHead, Output, build_model, logits_of, read_weights, sine_positions
 from aevlp.recipes import recipe
@@ -199,3 +200,28 @@ def test_table6_backbones_build_without_weights():
         for name, changes in BACKBONES.items():
             model = build(**{"image_size": 448, **changes})
             assert model(torch.empty(1, 3, 448, 448)).shape == (1, 5), name
+
+
+def test_mime_s_decoder_is_the_published_one():
+    """Step by step: positions join queries and keys only, the decoder starts from nothing and ends in a norm."""
+    torch.manual_seed(0)
+    head = models.MimeHead(8, 3, 8, 2, 16, 0.0, 4, 1).eval()
+    features = torch.randn(2, 8, 3, 4)
+
+    def attend(layer, x, queries, keys, values):
+        heads, (b, n, width) = 2, queries.shape
+        weight, bias = layer.attention.in_proj_weight.chunk(3), layer.attention.in_proj_bias.chunk(3)
+        q, k, v = ((t @ w.T + c).view(b, -1, heads, width // heads).transpose(1, 2)
+                   for t, w, c in zip((queries, keys, values), weight, bias))
+        mixed = ((q @ k.transpose(-1, -2) / (width // heads) ** 0.5).softmax(-1) @ v).transpose(1, 2).reshape(b, n, width)
+        x = layer.norm1(x + mixed @ layer.attention.out_proj.weight.T + layer.attention.out_proj.bias)
+        return layer.norm2(x + layer.ffn(x))
+
+    x, at = features.flatten(2).transpose(1, 2), models.sine_positions(3, 4, 8)
+    memory = attend(head.encoder, x, x + at, x + at, x)
+    found, queries = torch.zeros(2, 3, 8), head.queries.expand(2, -1, -1)
+    for layer in head.decoder:
+        found = attend(layer, found, found + queries, memory + at, memory)
+    torch.testing.assert_close(head.decode(features), head.norm(found), rtol=1e-4, atol=1e-5)
+    assert isinstance(head.project, torch.nn.Identity)
+    assert models.MimeHead(16, 3, 8, 2, 16, 0.0, 4, 1).project.weight.shape == (8, 16, 1, 1)
