@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['app', 'data_app', 'bank_app', 'Dataset', 'Root', 'Csv', 'Seeds', 'Set', 'Json', 'Fidelity', 'Workers', 'Run',
-           'Tracker', 'Port', 'Browser', 'AnyData', 'AnyRoot', 'On', 'Review', 'Out', 'Split', 'Order', 'demo', 'train',
-           'sweep', 'results', 'report', 'compare', 'figure', 'methods', 'recipe', 'data_check', 'data_fetch',
-           'bank_ls', 'bank_verify', 'bank_rm', 'predict', 'export', 'card', 'lab', 'voila', 'main']
+           'Tracker', 'Reviewed', 'Port', 'Browser', 'AnyData', 'AnyRoot', 'On', 'Review', 'Out', 'Split', 'Order',
+           'demo', 'train', 'sweep', 'results', 'report', 'compare', 'figure', 'methods', 'recipe', 'data_check',
+           'data_fetch', 'bank_ls', 'bank_verify', 'bank_rm', 'predict', 'export', 'card', 'lab', 'voila', 'main']
 
 # %% ../nbs/17_cli.ipynb #ac8d8126
 import json
@@ -68,6 +68,9 @@ Run = Annotated[str, typer.Argument(help="Name of a run, its beginning, or its f
 Tracker = Annotated[Optional[str], typer.Option(help="tensorboard, wandb, ...: curves there too, by Accelerate.")]
 
 
+Reviewed = Annotated[Optional[Path], typer.Option(help="Decisions of `aevlp app --review`.")]
+
+
 def _track(name):
     "Tell the runs of this command their tracker; a dask cluster's workers have their own $AEVLP_TRACKER."
     if name:
@@ -120,16 +123,27 @@ def sweep(spec: Annotated[str, typer.Argument(help="A YAML file, or table1 … t
 _COLUMNS = ["run", "state", "test_map", "val_map", "average_precision", "average_recall", "wall", "error"]
 
 
-@app.command(epilog=_example("results --dataset glyphs", "results --json > results.json"))
+def _measured(path, folders, as_json):
+    "What a review says of runs: a table, what it is of, and the choice."
+    from aevlp import reviewed
+    table, notes = reviewed.of_runs(path, list(folders))
+    _show(table if as_json else reviewed.shown(table), as_json, index=False)
+    for line in () if as_json else [*reviewed.about(notes), reviewed.choice(table)]:
+        typer.echo(line)
+
+
+@app.command(epilog=_example("results --dataset glyphs", "results --json > results.json", "results --reviewed reviewed.csv"))
 def results(dataset: Annotated[Optional[str], typer.Option(help="Only this data set.")] = None,
             method: Annotated[Optional[str], typer.Option(help="Only this method.")] = None,
             state: Annotated[Optional[str], typer.Option(help="Only done, failed, running or interrupted.")] = None,
-            as_json: Json = False):
-    "All runs with their numbers."
+            reviewed: Reviewed = None, as_json: Json = False):
+    "All runs with their numbers; with --reviewed, measured on what a person looked at."
     from aevlp import runs
     table = runs.frame()
     for column, wanted in (("dataset", dataset), ("method", method), ("state", state)):
         table = table if wanted is None else table[table[column] == wanted]
+    if reviewed:
+        return _measured(reviewed, table[table.state == "done"].folder, as_json)
     shown = table if as_json else table[[c for c in _COLUMNS if c in table and table[c].notna().any()]].round(2)
     _show(shown, as_json, index=False)
 
@@ -233,9 +247,14 @@ def bank_rm(name: str):
 def predict(run: Run, images: Annotated[list[Path], typer.Argument(help="Files and folders.")],
             out: Annotated[Optional[Path], typer.Option(help=".csv or .parquet; a picture grid goes beside it.")] = None,
             threshold: Annotated[Optional[float], typer.Option(min=0, max=1, help="Default: calibrated per class.")] = None,
-            as_json: Json = False):
-    "Probabilities and labels of new pictures."
+            reviewed: Reviewed = None, as_json: Json = False):
+    "Probabilities and labels of new pictures; with --reviewed, by thresholds of reviewed pictures."
+    if reviewed and threshold is not None:
+        raise typer.BadParameter("give either --threshold or --reviewed")
     from aevlp import deploy
+    if reviewed:
+        from aevlp.reviewed import thresholds_of
+        threshold = thresholds_of(reviewed, run).threshold.to_numpy()
     if out:
         deploy.prediction_files(out)
     table = deploy.predict(run, images, threshold)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ORDERS', 'UNIFORM', 'Sample', 'DRAWS', 'ENOUGH', 'says', 'draw', 'sample', 'names_of', 'Review', 'with_truth',
            'open_file', 'weighted_ap', 'resampled', 'bounds', 'predictions', 'taken_labels', 'map_of', 'labels_of',
-           'about', 'measure', 'shown', 'choice', 'thresholds']
+           'about', 'measure', 'shown', 'choice', 'thresholds', 'of_runs', 'thresholds_of']
 
 # %% ../nbs/15d_reviewed.ipynb #cc69b807
 import csv
@@ -21,6 +21,7 @@ import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
+from . import outcome, runs
 from .data import AevlpError, replacing, write_text
 
 # %% ../nbs/15d_reviewed.ipynb #c12620b0
@@ -267,16 +268,15 @@ def predictions(
     split, # 'val' or 'test'
 ) -> tuple: # ids (n,), probs (n, C); None where the run kept none
     "What a finished run says of a split."
-    with np.load(Path(run)/'predictions.npz', allow_pickle=False) as file:
-        key = '' if split == 'test' else f'{split}_'
-        return (file[f'{key}ids'], file[f'{key}probs']) if f'{key}ids' in file else None
+    if (said := outcome.scored(run, split)) is None: return None
+    with np.load(Path(run)/'predictions.npz', allow_pickle=False) as file: return file['ids' if split == 'test' else f'{split}_ids'], said.probs
 
 
 def taken_labels(
     run, # its folder
 ) -> np.ndarray: # (n, C) int8 of the training split, or None
     "The pseudo-labels of the epoch whose weights the run kept."
-    best = json.loads((Path(run)/'metrics.json').read_text(encoding='utf-8')).get('best_epoch')
+    best = outcome.read_json(Path(run)/'metrics.json').get('best_epoch')
     path = Path(run)/'pseudo'/f'epoch_{best or 0:02d}.npz'
     if not path.is_file(): return None
     with np.load(path, allow_pickle=False) as file: return file['pseudo']
@@ -289,6 +289,14 @@ def _drawn(notes, split):
     return np.array([at[n] for n in part.names], dtype=np.int64), part
 
 
+def _rows(run, notes, split, ids, said):
+    "The predictions of pictures; refused where the data set is no longer the one that the run was of."
+    rows, names = pd.Index(said[0]).get_indexer(ids), outcome.scored(run, split).names
+    wrong = [notes.names[i] for i, r in zip(ids, rows) if r < 0 or names and not notes.names[i].endswith(Path(names[r]).as_posix())]
+    if wrong: raise AevlpError(f'{Path(run).name}: has no prediction of {wrong[0]}: its {split} split was another; train it again on these data')
+    return said[1][rows]
+
+
 def map_of(
     run, # folder of a finished run
     notes, # a `Review` of its data
@@ -298,10 +306,8 @@ def map_of(
     "The run's mAP on the reviewed pictures of a split, and its bootstrap."
     (ids, part), said = _drawn(notes, split), predictions(run, split)
     if said is None or not len(ids): return None
-    rows = pd.Index(said[0]).get_indexer(ids)
-    if (rows < 0).any(): raise AevlpError(f'{Path(run).name}: has no prediction of {notes.names[ids[rows.argmin()]]}; its {split} split was another')
     truth = np.stack([notes.rows[n] for n in part.names])
-    every = weighted_ap(said[1][rows], truth, resampled(part.weights, draws=draws))
+    every = weighted_ap(_rows(run, notes, split, ids, said), truth, resampled(part.weights, draws=draws))
     present = np.isfinite(every).any(1)
     return 100 * np.array([np.nanmean(ap) if some else np.nan for ap, some in zip(every, present)])
 
@@ -311,9 +317,9 @@ def labels_of(
     notes, # a `Review` of its data
     data, # the labelled images
 ) -> dict: # precision and recall of its pseudo-labels: [percent, low, high]
-    "How right the labels are that a run trained on, by the reviewed training pictures; given labels are left out."
+    "How right the labels are that a run trained on, by the reviewed training pictures, where the data are still those of the run; given labels are left out."
     (ids, part), pseudo = _drawn(notes, 'train'), taken_labels(run)
-    if pseudo is None or not len(ids): return {}
+    if pseudo is None or not len(ids) or outcome.about(run).get('fingerprint', data.fingerprint) != data.fingerprint: return {}
     rows, truth = np.searchsorted(data.splits['train'], ids), np.stack([notes.rows[n] for n in part.names])
     open_, marked = data.observed[ids] == 0, pseudo[rows] == 1
     right, said, there = ((x & open_).sum(1) for x in (marked & (truth == 1), marked, truth == 1))
@@ -345,17 +351,17 @@ def about(
 def measure(
     folders, # of finished runs on one data set
     notes, # a `Review` of it
-    data, # its labelled images
+    data, # of each, its labelled images
 ) -> pd.DataFrame: # a row a run, best first: run, and for each of val, test, precision, recall the percent and its bounds; and minus_best
     "All that a review says of runs. `minus_best`: the difference from the first row on the same pictures."
     rows, draws = [], {}
-    for folder in folders:
+    for folder, images in zip(folders, data, strict=True):
         row = {'run': Path(folder).name}
         for split in ('val', 'test'):
             if (found := map_of(folder, notes, split)) is not None:
                 draws[row['run'], split] = found
                 row |= dict(zip((split, f'{split}_low', f'{split}_high'), bounds(found)))
-        for name, found in labels_of(folder, notes, data).items(): row |= dict(zip((name, f'{name}_low', f'{name}_high'), found))
+        for name, found in labels_of(folder, notes, images).items(): row |= dict(zip((name, f'{name}_low', f'{name}_high'), found))
         rows.append(row)
     table = pd.DataFrame(rows)
     by = next((s for s in ('val', 'test') if s in table and table[s].notna().any()), None)
@@ -396,11 +402,42 @@ def thresholds(
     own, # pd.Series by class: the run's thresholds
 ) -> pd.DataFrame: # by class: threshold, positives seen, source 'reviewed' or 'run'
     "Thresholds by the reviewed validation pictures; of the test pictures where no validation picture was reviewed."
-    from aevlp.outcome import best_f1_threshold
     split = next((s for s in ('val', 'test') if len(_drawn(notes, s)[0]) and predictions(run, s) is not None), None)
     if split is None: raise AevlpError(f'{notes.path}: no validation or test picture is reviewed, or {Path(run).name} kept no predictions of them; review some, or train again')
     (ids, part), said = _drawn(notes, split), predictions(run, split)
-    probs, truth = said[1][pd.Index(said[0]).get_indexer(ids)], np.stack([notes.rows[n] for n in part.names])
+    probs, truth = _rows(run, notes, split, ids, said), np.stack([notes.rows[n] for n in part.names])
     seen = truth.sum(0)
-    cuts = [best_f1_threshold(probs[:, c], truth[:, c], part.weights) if seen[c] >= ENOUGH else own[n] for c, n in enumerate(notes.class_names)]
+    cuts = [outcome.best_f1_threshold(probs[:, c], truth[:, c], part.weights) if seen[c] >= ENOUGH else own[n] for c, n in enumerate(notes.class_names)]
     return pd.DataFrame({'threshold': cuts, 'positives': seen, 'source': np.where(seen >= ENOUGH, 'reviewed', 'run')}, index=list(notes.class_names))
+
+# %% ../nbs/15d_reviewed.ipynb #ff47e25b
+def _opened(path, params):
+    "The review of a run's data, and the data."
+    data = runs.load_data(params)
+    return open_file(path, data, params.get('root')), data
+
+
+def of_runs(
+    path, # the CSV of a review
+    folders, # of finished runs, on any data
+) -> tuple: # (table of `measure`, `Review`)
+    "What a review says of the runs whose pictures it shows."
+    kept, data, notes, refused = [], [], None, None
+    for folder in folders:
+        try: found, images = _opened(path, runs.read_params(folder))
+        except AevlpError as error: # a run of other data, or of data that are gone
+            refused = refused or error
+            continue
+        kept, data, notes = [*kept, folder], [*data, images], notes or found
+    if notes is None: raise refused or AevlpError(f'{path}: there is no finished run to measure')
+    return measure(kept, notes, data), notes
+
+
+def thresholds_of(
+    path, # the CSV of a review
+    run, # folder, name, or beginning of a name
+) -> pd.DataFrame: # of `thresholds`
+    "Thresholds of a run by a review of its data."
+    from aevlp import deploy
+    run = runs.find(run)
+    return thresholds(run, _opened(path, runs.read_params(run))[0], deploy.thresholds(run))
