@@ -240,7 +240,7 @@ VISION = dict(  # timm: how SigLIP is built
     vit=dict(image_size=32, layers=3, width=32, patch_size=8, head_width=16),
     resnet=dict(image_size=64, layers=[1, 1, 1, 1], width=8, head_width=32),
     timm=dict(image_size=160, timm_model_name="test_vit", timm_pool="map", timm_proj="none"),
-    coca=dict(image_size=32, layers=1, width=32, patch_size=8, attentional_pool=True, attn_pooler_heads=2),
+    coca=dict(image_size=32, layers=1, width=32, patch_size=8, head_width=16, attentional_pool=True),
     mean=dict(image_size=32, layers=1, width=32, patch_size=8, head_width=16, pool_type="avg"),
 )
 
