@@ -58,7 +58,8 @@ class Bank:
             try: folder.mkdir(parents=True, exist_ok=True)
             except OSError as e: raise AevlpError(f"The bank folder {folder} cannot be made ({e.strerror}); set AEVLP_HOME to a folder that can be written.") from e
             write_json(path, manifest)
-            print(f"New CLIP bank {name}: {bank.bytes / 1e6:,.1f} MB an epoch in {folder.parent}", file=sys.stderr)
+            print(f"New CLIP bank {name}: {bank.bytes / 1e6:,.1f} MB an epoch ({views} x {width} numbers, {2 * views * width / 1e3:,.1f} kB a picture) "
+                  f"in {folder.parent}", file=sys.stderr)
         for epoch in [int(done.stem[6:]) for done in folder.glob("epoch_*.done") if not done.with_suffix(".json").exists()]:
             if bank.complete(epoch): bank._seal(epoch)  # a writer was killed just before it
         return bank

@@ -22,6 +22,7 @@ class Method:
     reference: dict = field(default_factory=dict)    # data set -> the paper's mAP, percent
     independent: dict = field(default_factory=dict)  # data set -> mAP of independent runs, percent
     source: str = ''       # who proposed it, and where its numbers are
+    scorer: str = ''       # a key of `scorers.SCORERS`: CLIP is asked directly, nothing is trained, there is no objective
 
 def _four(*values): return dict(zip(('voc', 'coco', 'nus', 'cub'), values))
 
@@ -63,7 +64,15 @@ def _method(name, title, labeler, source, paper, independent):
     loss = 'gpr' if name.startswith('aevlp') else name.partition('+')[0]
     return Method(name, title, loss, labeler, _HEADS.get(loss, 'linear'), _four(*paper), _four(*independent), source)
 
+_SCORERS = (  # what CLIP knows without training: name, title, who proposed it
+    ('clip', 'CLIP, whole picture', 'Radford et al., ICML 2021'),
+    ('clip-views', 'CLIP, mean over the views', 'views of DAMP'),
+    ('clip-damp', 'CLIP, final score of DAMP', 'section 5.2, without an observed label'),
+    ('clip-tokens', 'CLIP, dense tokens', 'SCLIP, Wang et al., ECCV 2024; MaskCLIP, Zhou et al., ECCV 2022; read as DAMP'),
+    ('clip-piaa', 'PIAA', 'Wang et al., ICML 2026'),
+)
 METHODS = {row[0]: _method(*row) for row in _TABLE1 + _FIELD + _TABLE2 + _OURS}
+METHODS |= {name: Method(name, title, '', source=source, scorer=name) for name, title, source in _SCORERS}
 TABLE1 = tuple(row[0] for row in _TABLE1)
 TABLE2 = ('bce+random', 'gpr+random', 'vlpl', 'gpr+vlpl', 'll-ct', 'gpr+ll-ct', 'bce+damp', 'aevlp')
 
@@ -73,7 +82,7 @@ def unknown(kind, name, known): return AevlpError(f"no {kind} is called '{name}'
 def get(name):  # a name of `METHODS`, or any 'loss+labeler'
     "The method of that name"
     for method in METHODS.values():
-        if name == method.name or name == f'{method.objective}+{method.labeler}': return method
+        if name == method.name or method.objective and name == f'{method.objective}+{method.labeler}': return method
     loss, plus, labeler = name.partition('+')
     if not plus: raise unknown('method', name, METHODS)
     from aevlp.labelers import LABELERS  # only now: they import torch and CLIP
