@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCORERS', 'FUSION_WEIGHTS', 'Scorer', 'WholeScorer', 'ViewsScorer', 'DampScorer', 'TokensScorer', 'gaussians',
-           'surest', 'PiaaScorer', 'build_scorer', 'split_scores', 'fuse', 'mean_ap', 'fusion_weight']
+           'surest', 'PiaaScorer', 'build_scorer', 'split_scores', 'fuse', 'mean_ap', 'fusion_weight', 'beside_clip']
 
 # %% ../nbs/09c_scorers.ipynb #b29eb04f
 import numpy as np
@@ -44,6 +44,12 @@ class Scorer(nn.Module):
     def mean(self): return self.eyes.settings.mean if self.eyes.settings else self.clip.mean
     @property
     def std(self): return self.eyes.settings.std if self.eyes.settings else self.clip.std
+
+    def weights(self): return {k: getattr(self, k).detach().cpu().contiguous() for k in self.kept}
+
+    def load(self, weights):
+        for k in self.kept: setattr(self, k, torch.as_tensor(weights[k]).to(self.clip.device))
+        return self
 
     def fit(self, data, bank_root=None): return self  # what is learned from the pictures of the training split, without labels
     def read(self, embeddings): raise NotImplementedError  # (b, V, K) unit norm -> (b, C) in [0, 1]
@@ -183,9 +189,11 @@ def fuse(probs,       # (n, C) of a classifier, in [0, 1]
     "Both opinions as one, (n, C) float32 in [0, 1]"
     return (1 / (1 + np.exp(-_logit(probs) - weight * _logit(clip_probs)))).astype(np.float32)
 
-def mean_ap(probs, targets):  # (n, C) each, -1 = unknown -> percent, or None
-    if not len(probs): return None
-    return float(100 * average_precision(torch.as_tensor(probs), torch.as_tensor(targets)).mean())
+def mean_ap(probs, truth, empty=0.):  # (n, C) each, truth -1 = unknown; AP of a class without positives, NaN leaves it out
+    "mAP in percent over the classes of which anything is known; None where nothing is"
+    known = (np.asarray(truth) >= 0).any(0)
+    found = average_precision(torch.as_tensor(probs), torch.as_tensor(truth), empty)[torch.as_tensor(known)]
+    return None if found.isnan().all() else float(100 * found.nanmean())
 
 def fusion_weight(probs, clip_probs,  # (n, C) of the validation pictures that are wholly labelled
                   targets) -> float:  # (n, C) in {0, 1}
@@ -193,3 +201,24 @@ def fusion_weight(probs, clip_probs,  # (n, C) of the validation pictures that a
     if not len(probs): return 1.
     found = {w: mean_ap(fuse(probs, clip_probs, w), targets) for w in FUSION_WEIGHTS}
     return 1. if found[1.] == max(found.values()) else max(found, key=found.get)
+
+# %% ../nbs/09c_scorers.ipynb #e92f143e
+def beside_clip(data: LabelledImages,
+                probs: dict,       # {'test', 'val': (n, C)} of a classifier
+                name,              # a key of `SCORERS`
+                recipe,
+                device='cpu',
+                bank_root=None) -> tuple:  # numbers of metrics.json, arrays of `clip.npz`
+    "What CLIP says of the pictures that a classifier has seen, and both opinions together"
+    scorer = build_scorer(name, data.class_names, recipe, device).fit(data, bank_root)
+    clip = {split: scorer.over(data, split, bank_root) for split in probs}
+    clean = np.flatnonzero(data.clean('val'))
+    every = np.full_like(data.observed, -1) if data.truth is None else data.truth
+    truth = {split: every[data.splits.get(split, np.empty(0, np.int64))] for split in probs}
+    weight = fusion_weight(probs['val'][clean], clip['val'][clean], truth['val'][clean])
+    score = lambda p, split: mean_ap(p, truth[split], np.nan if data.own else 0.)
+    numbers = dict(with_clip=name, fusion_weight=weight)
+    for split, p in probs.items():
+        numbers |= {f'clip_{split}_map': score(clip[split], split), f'fused_{split}_map': score(fuse(p, clip[split], weight), split)}
+    arrays = dict(scorer=name, weight=weight, probs=clip['test'], val_probs=clip['val'])
+    return numbers, arrays | {f'scorer_{k}': v.numpy() for k, v in scorer.weights().items()}

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CACHE_BYTES', 'BATCH_BYTES', 'EVALUATION_BATCH', 'CLEAN_ENOUGH', 'HISTORY', 'QUALITY', 'OPTIMIZERS',
            'seed_everything', 'deterministic', 'save_checkpoint', 'load_checkpoint', 'Pictures', 'shard', 'gather_rows',
-           'predict', 'chosen_by', 'Training', 'tracker_named', 'class_mean', 'fit', 'load_run']
+           'predict', 'chosen_by', 'Training', 'tracker_named', 'class_mean', 'fuse_run', 'fit', 'load_run']
 
 # %% ../nbs/13_train.ipynb #33de8b74
 import contextlib
@@ -55,6 +55,7 @@ from .methods import get as get_method
 from .metrics import MEASURES, PseudoLabelMeter, auc_observed, average_precision, headline, map_interval, single_positive
 from .models import build_model, logits_of
 from .recipes import Recipe, should_stop
+from .scorers import Scorer, beside_clip, build_scorer
 from .views import student_flips, student_inputs, student_shifts
 
 # %% ../nbs/13_train.ipynb #b1a208b0
@@ -298,10 +299,13 @@ def predict(
 ) -> torch.Tensor:  # (n, C) float32 in [0, 1], on the device
     "Probabilities of the pictures `ids`, in their order."
     pictures = pictures or Pictures(data, _processes(recipe, device), limit=0)
-    side = 2 * recipe.image_size
+    side = None if isinstance(model, Scorer) else 2 * recipe.image_size  # its patches need every pixel
     training, out = model.training, [torch.empty(0, len(data.class_names), device=device)]
     model.eval()
     for images, _ in pictures.batches(pictures.parts(ids, EVALUATION_BATCH, side), side):
+        if isinstance(model, Scorer):
+            out.append(model.scores(images))
+            continue
         with _autocast(recipe, device):
             output = model(_inputs(model, images, recipe, device))
         out.append(torch.sigmoid(logits_of(output).float()))
@@ -341,7 +345,8 @@ class Training:
 
     def __init__(self, data, method, recipe, seed, run_dir, device=None, bank=True, checkpoint_minutes=10.0, tracker=None):
         self.data, self.recipe, self.seed, self.run_dir = data, recipe, seed, Path(run_dir)
-        self.method, self.bank, self.checkpoint_minutes = get_method(method), bank, checkpoint_minutes
+        self.method, self.checkpoint_minutes = get_method(method), checkpoint_minutes
+        self.bank_root = None if bank is True else bank
         self.empty = math.nan if data.own else 0.0  # AP of a class without positives: the field's 0 for benchmarks only
         self.ids = {split: data.splits.get(split, np.empty(0, np.int64)) for split in ("train", "val", "test")}
         if not len(self.ids["train"]):
@@ -407,8 +412,7 @@ def build(self: Training):
     self.objective = build_objective(
         self.method.objective, recipe, len(train), n_classes, self.observed, truth=truth, seed=self.seed
     )
-    root = None if self.bank is True else self.bank
-    self.labeler = build_labeler(self.method.labeler, data, recipe, self.seed, self.device, bank_root=root)
+    self.labeler = build_labeler(self.method.labeler, data, recipe, self.seed, self.device, bank_root=self.bank_root)
     groups = self.net.param_groups(recipe.lr, recipe.head_lr, recipe.weight_decay)
     optimizer = OPTIMIZERS[recipe.optimizer](groups + self.objective.param_groups(recipe.lr))
     self.model, self.optimizer = self.accelerator.prepare(self.net, optimizer)
@@ -577,6 +581,8 @@ def train_epoch(self: Training, tick=lambda: None):
 @patch
 def probabilities(self: Training, split):
     "The classifier's probabilities on a split, the same on every rank."
+    if self.method.scorer:
+        return torch.from_numpy(self.net.over(self.data, split, self.bank_root)).to(self.device)
     ranks, rank, ids = self.accelerator.num_processes, self.accelerator.process_index, self.ids[split]
     if ranks > 1:
         for buffer in self.judged.buffers():  # running statistics are those of the rank
@@ -681,7 +687,8 @@ def finish(self: Training):
     "Test the best weights; write predictions and metrics."
     self.accelerator.wait_for_everyone()
     start, at = time.monotonic(), self.at
-    self.judged.load_state_dict(load_file(self.run_dir / "best.safetensors"))
+    if not self.method.scorer:
+        self.judged.load_state_dict(load_file(self.run_dir / "best.safetensors"))
     probs, val_probs = self.probabilities("test"), self.probabilities("val")
     test, per_class = self.measured("test", probs)
     history, best, last = at["history"], at["history"][at["best_epoch"] - 1], at["history"][-1]
@@ -692,7 +699,7 @@ def finish(self: Training):
         "val": self.measured("val", val_probs)[0],
         "select_by": self.select_by,
         "best_epoch": at["best_epoch"],
-        "epochs_run": len(history),
+        "epochs_run": sum(r["epoch"] > 0 for r in history),
         "average_precision": _mean(r["precision"] for r in history),
         "average_recall": _mean(r["recall"] for r in history),
         "accumulated_precision": last["accumulated_precision"],
@@ -705,10 +712,72 @@ def finish(self: Training):
     } | per_class
     if self.main:
         outcome.write(self.run_dir, self.data, {"test": probs.cpu().numpy(), "val": val_probs.cpu().numpy()})
+        metrics |= self.with_clip({"test": probs.cpu().numpy(), "val": val_probs.cpu().numpy()})
         write_json(self.run_dir / "metrics.json", metrics)
-        shutil.rmtree(self.run_dir / "last")
+        shutil.rmtree(self.run_dir / "last", ignore_errors=True)
     self.accelerator.wait_for_everyone()
     return metrics
+
+# %% ../nbs/13_train.ipynb #59196f61
+@patch
+def with_clip(self: Training, probs):
+    "Numbers of CLIP's own opinion and of both together; none where the recipe asks for none."
+    if not self.recipe.with_clip or self.method.scorer:
+        return {}
+    return _keep_clip(self.run_dir, *beside_clip(self.data, probs, self.recipe.with_clip, self.recipe, self.device, self.bank_root))
+
+
+def _keep_clip(run_dir, numbers, arrays):
+    with replacing(Path(run_dir) / "clip.npz") as file:
+        np.savez_compressed(file, **arrays)
+    return numbers
+
+
+def fuse_run(
+    run_dir,  # of a finished run
+    data: LabelledImages,  # that it was of
+    with_clip: str | None = None,  # a scorer; default that of its recipe, else 'clip-damp'
+    device="cpu",
+    bank=True,  # as `fit`
+) -> dict:  # what metrics.json has of it
+    "Ask CLIP about the pictures of a finished run, and add its opinion and both together to the run."
+    run_dir, settings = Path(run_dir), _settings(Path(run_dir) / "best.safetensors")
+    if list(data.class_names) != settings["class_names"]:
+        raise AevlpError(f"{run_dir}: a run of other classes than {data.name} has today; CLIP cannot be asked about them")
+    if get_method(settings["method"]).scorer:
+        raise AevlpError(f"{run_dir}: method {settings['method']} is CLIP's own opinion; there is nothing to join")
+    recipe, probs = Recipe(**settings["recipe"]), {}
+    for split in ("test", "val"):
+        ids = data.splits.get(split, np.empty(0, np.int64))
+        kept = outcome.scored(run_dir, split)
+        if kept is None and len(ids):  # of a run made before these were kept
+            probs[split] = predict(load_run(run_dir, device)[0], data, ids, recipe, device).cpu().numpy()
+        else:
+            probs[split] = np.empty((0, len(data.class_names)), np.float32) if kept is None else kept.probs
+        if len(probs[split]) != len(ids):
+            raise AevlpError(f"{run_dir}: {len(probs[split])} predictions of the {split} split, which has {len(ids)} pictures today")
+    name, root = with_clip or recipe.with_clip or "clip-damp", None if bank is True else bank
+    numbers = _keep_clip(run_dir, *beside_clip(data, probs, name, recipe, device, root))
+    write_json(run_dir / "metrics.json", outcome.read_json(run_dir / "metrics.json") | numbers)
+    return numbers
+
+# %% ../nbs/13_train.ipynb #f7239017
+@patch
+def ask(self: Training):
+    "A run without training: CLIP is asked, and what it says is kept as a classifier's predictions are."
+    start = time.monotonic()
+    self.net = build_scorer(self.method.scorer, self.data.class_names, self.recipe, self.device).fit(self.data, self.bank_root)
+    found = map(class_mean, self.score("val", self.probabilities("val")))
+    val = dict(zip(("val_map", "val_auc_observed"), found, strict=True))
+    seconds = time.monotonic() - start
+    asked = sum(map(len, self.ids.values())) if self.method.scorer == "clip-piaa" else len(self.ids["val"])
+    self.at |= {"best_epoch": 0, "seconds": seconds, "history": [
+        dict.fromkeys(HISTORY) | val | {"epoch": 0, "seconds": round(seconds, 3), "images_per_second": asked / seconds}]}
+    self.write_history()
+    if self.main:
+        with replacing(self.run_dir / "best.safetensors") as file:
+            file.write(tensor_bytes(self.net.weights(), {"run": json.dumps(self.settings | {"epoch": 0})}))
+    return self.finish()
 
 # %% ../nbs/13_train.ipynb #82101959
 def _settings(path):
@@ -788,6 +857,8 @@ def fit(
     if done := run.finished():
         return done
     with threads(recipe.threads), deterministic(run.device.type == "cpu"):
+        if run.method.scorer:
+            return run.ask()
         run.build()
         run.resume()
         run.accelerator.init_trackers(aevlp.__name__, run.flat_settings())
@@ -820,7 +891,9 @@ def load_run(
         settings["recipe"] = Recipe(**settings["recipe"])
     except TypeError as e:
         raise AevlpError(f"{path}: made by aevlp {settings['version']}, whose recipes differ ({e}); train it again") from e
-    names = tuple(settings["class_names"])
+    names, scorer = tuple(settings["class_names"]), get_method(settings["method"]).scorer
+    if scorer:
+        return build_scorer(scorer, names, settings["recipe"], device).load(load_file(path)), settings, names
     model = build_model(replace(settings["recipe"], backbone_weights="none"), len(names), get_method(settings["method"]).head)
     model.load_state_dict(load_file(path))
     return model.to(device).eval(), settings, names

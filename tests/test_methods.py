@@ -77,6 +77,8 @@ def test_reference_numbers():
     assert {m.name: tuple(m.reference.values()) for m in METHODS.values() if m.reference} == rows
     assert set(TABLE1) | set(TABLE2) == set(rows) and len(TABLE1) == 11 and len(TABLE2) == 8
     assert all(tuple(m.reference) in ((), ("voc", "coco", "nus", "cub")) for m in METHODS.values())
+    asked = {"clip", "clip-views", "clip-damp", "clip-tokens", "clip-piaa"}
+    assert {m.name for m in METHODS.values() if m.scorer} == asked
     beside = {m.name for m in METHODS.values() if not m.reference}
     assert {"an-ls", "wan", "epr", "ll-r", "ll-cp", "aevlp-augmented"} <= beside
 
