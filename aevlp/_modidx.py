@@ -630,6 +630,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'aevlp.results._failed': ('results.html#_failed', 'aevlp/results.py'),
                                'aevlp.results._figures': ('results.html#_figures', 'aevlp/results.py'),
                                'aevlp.results._links': ('results.html#_links', 'aevlp/results.py'),
+                               'aevlp.results._measured': ('results.html#_measured', 'aevlp/results.py'),
                                'aevlp.results._overrides': ('results.html#_overrides', 'aevlp/results.py'),
                                'aevlp.results._picture': ('results.html#_picture', 'aevlp/results.py'),
                                'aevlp.results._section': ('results.html#_section', 'aevlp/results.py'),

@@ -120,7 +120,8 @@ def sweep(spec: Annotated[str, typer.Argument(help="A YAML file, or table1 … t
         raise typer.Exit(1)
 
 # %% ../nbs/17_cli.ipynb #447a33f2
-_COLUMNS = ["run", "state", "test_map", "val_map", "average_precision", "average_recall", "wall", "error"]
+_COLUMNS = dict(run="run", state="state", test_map="test mAP", val_map="val mAP", test_auc_observed="test AUC*", val_auc_observed="val AUC*",
+                average_precision="label precision", average_recall="label recall", wall="seconds", error="error")
 
 
 def _measured(path, folders, as_json):
@@ -137,15 +138,24 @@ def results(dataset: Annotated[Optional[str], typer.Option(help="Only this data 
             method: Annotated[Optional[str], typer.Option(help="Only this method.")] = None,
             state: Annotated[Optional[str], typer.Option(help="Only done, failed, running or interrupted.")] = None,
             reviewed: Reviewed = None, as_json: Json = False):
-    "All runs with their numbers; with --reviewed, measured on what a person looked at."
-    from aevlp import runs
+    "All runs with their numbers, in percent; with --reviewed, measured on what a person looked at."
+    from aevlp import metrics, runs
     table = runs.frame()
     for column, wanted in (("dataset", dataset), ("method", method), ("state", state)):
         table = table if wanted is None else table[table[column] == wanted]
     if reviewed:
         return _measured(reviewed, table[table.state == "done"].folder, as_json)
-    shown = table if as_json else table[[c for c in _COLUMNS if c in table and table[c].notna().any()]].round(2)
-    _show(shown, as_json, index=False)
+    if as_json:
+        return _show(table, as_json, index=False)
+    unknown = (table.state == "done") & table.test_map.isna()  # the truth; where it is known, mAP is what counts
+    hidden = () if unknown.any() else ("test_auc_observed", "val_auc_observed")
+    shown = table[[c for c in _COLUMNS if c in table and table[c].notna().any() and c not in hidden]].copy()
+    for share in ("average_precision", "average_recall"):
+        if share in shown:
+            shown[share] = 100 * shown[share].astype(float)
+    _show(shown.round(2).rename(columns=_COLUMNS), as_json, index=False)
+    if "test_auc_observed" in shown:
+        typer.echo(f"* {metrics.MEASURES['auc_observed']}. {metrics.ASSUMPTION}")
 
 
 @app.command(epilog=_example("report glyphs-aevlp-s0", "report table1 --dataset voc --root DIR"))

@@ -186,13 +186,15 @@ def pseudo_quality(
 
 # %% ../nbs/14_plots.ipynb #ae328f13
 def learning_curves(
-    frame, # one row an epoch: `epoch`, `loss`, `val_map`, and `method` where there are several
+    frame, # one row an epoch: `epoch`, `loss`, `val_map` or `val_auc_observed`, and `method` where there are several
 ) -> Figure: # a loss panel and a validation panel
-    "Training loss and validation mAP over the epochs; a band where there are several seeds."
+    "Training loss and what was measured on validation over the epochs; a band where there are several seeds."
     groups = list(frame.groupby('method', sort=False)) if 'method' in frame else [(None, frame)]
+    known = 'val_auc_observed' not in frame or frame['val_map'].notna().any() # else the truth is unknown, or nothing is known
+    measured = ('val_map', 'validation mAP (%)') if known else ('val_auc_observed', 'validation AUC, given labels (%)')
     with style():
         fig, axes = canvas(1, 2, (7.0, 3.4 + 0.25 * ((len(groups) - 1) // 4)))
-        for ax, column, title in zip(axes, ('loss', 'val_map'), ('training loss', 'validation mAP (%)')):
+        for ax, (column, title) in zip(axes, (('loss', 'training loss'), measured)):
             for i, (name, part) in enumerate(groups):
                 _mean_band(ax, part, 'epoch', column, CYCLE[i % 7], MARKERS[i % 7], name, dots=False)
             ax.set(title=title, xlabel='epoch')

@@ -18,6 +18,7 @@ from scipy import stats
 
 from . import outcome, plots, runs
 from .data import AevlpError, _checkout, write_text
+from .metrics import ASSUMPTION, MEASURES
 
 # %% ../nbs/15b_results.ipynb #e8d9bcab
 def spread(
@@ -160,9 +161,10 @@ def beside_paper(
     table: pd.DataFrame,  # of `rows`
     metrics: dict,  # {column of `runs.frame()`: (heading, factor)}
     baseline: str | None = None,  # label of the row to compare with
+    metric: str = "test_map",  # the column to compare
 ) -> pd.DataFrame:
     "One line per row: the paper's number, ours with its 95 % interval and seeds, and the difference from a baseline."
-    versus = _differences(table, baseline) if baseline else {}
+    versus = _differences(table, baseline, metric) if baseline else {}
     lines = []
     for label, group in table.groupby("label", sort=False):
         line = {"": label, "paper": group.paper.iloc[0]}
@@ -175,7 +177,7 @@ def beside_paper(
     return shown.drop(columns="paper") if shown.paper.isna().all() else shown
 
 # %% ../nbs/15b_results.ipynb #ded41809
-def _differences(table, baseline, metric="test_map") -> dict:  # label -> text
+def _differences(table, baseline, metric) -> dict:  # label -> text
     "Differences from a row with p-values, corrected for all that stand in the table, or why there is none."
     groups = {label: group.set_index("seed")[metric] for label, group in table.groupby("label", sort=False)}
     found = {label: paired(values, groups[baseline]) for label, values in groups.items() if label != baseline}
@@ -208,12 +210,19 @@ pre{background:#8881;padding:.6rem;overflow-x:auto;font-size:.85rem} .quiet{opac
 
 def best_baseline(
     table: pd.DataFrame,  # of `rows`
+    metric: str = "test_map",  # the column to compare
 ) -> str | None:
-    "The row with the highest mean mAP among those that are neither AEVLP nor fully labelled; without such, the second best."
-    means = table.dropna(subset=["test_map"]).groupby("label").test_map.mean().sort_values(ascending=False)
+    "The row with the highest mean among those that are neither AEVLP nor fully labelled; without such, the second best."
+    means = table.dropna(subset=[metric]).groupby("label")[metric].mean().sort_values(ascending=False)
     plain = means[[label for label in means.index
                    if not set(table[table.label == label].method) & {"aevlp", "full"}]]
     return plain.index[0] if len(plain) else means.index[1] if len(means) > 1 else None
+
+
+def _measured(table) -> tuple:  # column, words
+    "What the runs of a table are compared by: mAP, or AUC of the given labels where no run has one."
+    measure = "map" if "test_auc_observed" not in table or table.test_map.notna().any() else "auc_observed"
+    return f"test_{measure}", MEASURES[measure]
 
 
 def _picture(figure, words) -> str:
@@ -228,7 +237,7 @@ def _figures(table, past) -> list:
     "Learning curves by row, and the quality of pseudo-labels where there are any."
     past = past.merge(table[["run", "label"]].dropna().drop_duplicates("run"), on="run")
     parts = []
-    if len(past) and {"loss", "val_map"} <= set(past):
+    if len(past) and {"loss", "val_map"} <= set(past) and past.loss.notna().any():
         parts.append(_picture(plots.learning_curves(past.assign(method=past.label)), "learning curves"))
     damp = past[past.method == "aevlp"] if len(past) else past
     if len(damp) and "precision" in damp and damp.precision.notna().any():
@@ -250,20 +259,24 @@ def _failed(plan, folder) -> list:
 
 def _links(table) -> str:
     done = table.dropna(subset=["run"])
-    lines = [f'<tr><td>{html.escape(r.label)}</td><td>{r.seed}</td><td>{r.test_map:.2f}</td>'
-             f'<td><a href="{r.run}/train.ipynb">{r.run}</a></td></tr>' for r in done.itertuples()]
-    return f"<table><tr><th>row<th>seed<th>test mAP<th>notebook</tr>{''.join(lines)}</table>"
+    value, measured = _measured(done)
+    lines = [f'<tr><td>{html.escape(r.label)}</td><td>{r.seed}</td><td>{"–" if pd.isna(v) else f"{v:.2f}"}</td>'
+             f'<td><a href="{r.run}/train.ipynb">{r.run}</a></td></tr>' for r, v in zip(done.itertuples(), done[value], strict=True)]
+    return f"<table><tr><th>row<th>seed<th>test {measured} (%)<th>notebook</tr>{''.join(lines)}</table>"
 
 
 def _section(spec, name, root, csv, seeds, folder, past) -> list:
     "What the page says of one data set."
     table = rows(spec, name, root, csv, seeds, folder)
-    baseline = best_baseline(table)
+    baseline = best_baseline(table, _measured(table)[0])
     parts = [f"<h2>{html.escape(name)}</h2>"]
     if lack := missing(table, spec, name, root, csv):
         parts.append(f"<p>{html.escape(lack)}</p>")
-    metrics = {"test_map": ("test mAP", 1), "val_map": ("validation mAP", 1), "wall": ("seconds", 1)}
-    parts.append(_table_html(beside_paper(table, metrics, baseline)))
+    value, measured = _measured(table)
+    columns = {value: (f"test {measured} (%)", 1), value.replace("test", "val"): (f"validation {measured} (%)", 1), "wall": ("seconds", 1)}
+    parts.append(_table_html(beside_paper(table, columns, baseline, value)))
+    if value != "test_map":
+        parts.append(f'<p class="quiet">{html.escape(ASSUMPTION)}</p>')
     if baseline:
         parts.append(f'<p class="quiet">Mean ± 95 % t-interval (seeds). Differences from {html.escape(baseline)}, '
                      "the best baseline, by a paired t-test over common seeds.</p>")

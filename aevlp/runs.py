@@ -37,7 +37,7 @@ from fastcore.basics import patch
 from filelock import FileLock, Timeout
 
 import aevlp
-from . import benchmarks, outcome, recipes, registry
+from . import benchmarks, metrics, outcome, recipes, registry
 from .data import PORTABLE, AevlpError, _checkout, nearest, write_json, write_text
 
 # %% ../nbs/15_runs.ipynb #eda3eb96
@@ -404,16 +404,18 @@ def train(
 def epoch_of(
     folder,  # of a run
     epochs: int,  # of its recipe
-) -> tuple:  # epochs done, last validation mAP or None, seconds left or None
-    "How far a run is, from its history."
+) -> tuple:  # number, text or None, number or None
+    "How far a run is, from its history: epochs done, what validation says, seconds left."
     try:
         history = pd.read_csv(Path(folder) / "history.csv")
     except (FileNotFoundError, pd.errors.EmptyDataError, pd.errors.ParserError):
         return 0, None, None
     if history.empty or "seconds" not in history:
         return len(history), None, None
-    best = history["val_map"].iloc[-1] if "val_map" in history else None
-    return len(history), best, max(epochs - len(history), 0) * history["seconds"].mean()
+    last, said = history.iloc[-1], None
+    if (measure := next((m for m in ("map", "auc_observed") if pd.notna(last.get(f"val_{m}"))), None)):
+        said = f"val {metrics.MEASURES[measure]} {last[f'val_{measure}']:.1f}"
+    return len(history), said, max(epochs - len(history), 0) * history["seconds"].mean()
 
 
 def _clock(seconds) -> str:
@@ -451,8 +453,8 @@ class Board:
         folder = self.runs / name
         if state == "done":
             self.spent.append(status(folder).get("seconds") or 0)
-            found = _read_json(folder / "metrics.json").get("test_map")
-            self.say(f"done    {name}" + (f"  test mAP {found:.2f}" if found is not None else "")
+            measure, found = metrics.headline(_read_json(folder / "metrics.json"))
+            self.say(f"done    {name}" + (f"  test {metrics.MEASURES[measure]} {found[0]:.2f}" if measure else "")
                      + f"  {_clock(self.spent[-1])}")
         elif state == "reused":
             self.say(f"reused  {name}: finished before")
@@ -467,9 +469,9 @@ def lines(self: Board) -> list:  # of (name, text) of the runs that run now
     for name, state in self.states.items():
         if state not in ("waiting", "handed out") or status(self.runs / name)["state"] != "running":
             continue
-        epoch, best, left = epoch_of(self.runs / name, self.epochs[name])
+        epoch, said, left = epoch_of(self.runs / name, self.epochs[name])
         text = f"epoch {epoch}/{self.epochs[name]}"
-        text += f"  val mAP {best:.1f}" if best is not None and best == best else ""
+        text += f"  {said}" if said else ""
         lines.append((name, text + (f"  {_clock(left)} left" if left is not None else "  starting")))
     return lines
 
@@ -550,10 +552,14 @@ def find(
 def _row(folder) -> dict:
     "One run as a flat row: parameters, recipe, metrics, status."
     params, said = read_params(folder), status(folder)
-    metrics, error = {}, _read_json(folder / "error.json").get("error")
+    measured, error = {}, _read_json(folder / "error.json").get("error")
     try:
         outcome.read_json(folder / "status.json")
-        metrics = {k: v for k, v in outcome.read_json(folder / "metrics.json").items() if not isinstance(v, (dict, list))}
+        found = outcome.read_json(folder / "metrics.json")
+        measured = {k: v for k, v in found.items() if not isinstance(v, (dict, list))}
+        for split in ("test", "val"):  # values without their intervals
+            given = {k: v for k, v in (found.get(split) or {}).items() if k in metrics.MEASURES and k != "map"}
+            measured |= {f"{split}_{k}": v and v[0] for k, v in given.items()}
     except AevlpError as e:
         said, error = said | {"state": "unreadable"}, str(e)
     outer = {k: v for k, v in params.items() if k not in ("recipe", "overrides")}
@@ -561,7 +567,7 @@ def _row(folder) -> dict:
     observation = outer.pop("observation", None)
     return dict(run=folder.name, state=said["state"], key=run_key(params), **outer, overrides=overrides,
                 observation=observation if isinstance(observation, (str, type(None))) else json.dumps(observation),
-                **params["recipe"], **{k: v for k, v in metrics.items() if k not in params["recipe"] and k not in outer},
+                **params["recipe"], **{k: v for k, v in measured.items() if k not in params["recipe"] and k not in outer},
                 wall=said.get("seconds"), ended=said.get("ended"), error=error, folder=str(folder))
 
 

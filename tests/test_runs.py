@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from aevlp import recipes, results, runs
+from aevlp import cli, metrics, plots, recipes, results, runs
 from aevlp.data import AevlpError
 
 
@@ -296,3 +296,57 @@ def test_the_kernel_is_this_interpreter_s_whatever_python3_is_to_jupyter(tmp_pat
     notebook = fake_notebook(tmp_path / "runs")
     outcome = runs.attempt(runs.run_params("glyphs", "gr"), tmp_path / "runs", notebook)
     assert outcome["state"] == "done", outcome["error"]
+
+
+def unknown(folder, auc=70.0, **params):
+    """A finished run whose truth nobody knows, made by hand."""
+    made = finished(folder, **params)
+    spread = {"auc_observed": [auc, auc - 5, auc + 5], "recall@1": [30.0, 20.0, 40.0], "mean_rank": [4.0, 3.0, 5.0]}
+    said = dict(test_map=None, val_map=None, test=spread | {"map": None}, val=spread | {"map": None})
+    said |= dict(select_by="auc_observed", per_class={"cup": None}, average_precision=None)
+    (made / "metrics.json").write_text(json.dumps(said))
+    rows = "".join(f"{e},{1 / e},,{auc - 2 + e},5.0\n" for e in (1, 2))
+    (made / "history.csv").write_text("epoch,loss,val_map,val_auc_observed,seconds\n" + rows)
+    return made
+
+
+def test_a_run_of_unknown_truth_is_never_given_a_map(tmp_path, monkeypatch, capsys):
+    """Board, table, command, page and curves say what was measured, and under which assumption."""
+    monkeypatch.setenv("AEVLP_RUNS", str(tmp_path))
+    name = unknown(tmp_path).name
+    assert runs.epoch_of(tmp_path / name, 6) == (2, "val AUC (given labels) 70.0", 20.0)
+    board = runs.Board([runs.run_params("glyphs", "gr", 0)], tmp_path)
+    board.note(dict(run=name, state="done"))
+    assert "test AUC (given labels) 70.00" in capsys.readouterr().out
+    row = runs.frame(tmp_path).iloc[0]
+    assert row.test_auc_observed == 70 and row["test_recall@1"] == 30 and row.val_mean_rank == 4 and not row.test_map
+    with pytest.raises(SystemExit):
+        cli.main(["results"])
+    said = capsys.readouterr().out
+    assert re.search(r"test AUC\*.*\n.* 70\.0", said) and metrics.ASSUMPTION in said and "mAP" not in said
+    spec = dict(name="own", methods=["gr", "an"], seeds=[0])
+    unknown(tmp_path, 60.0, method="an")
+    page = results.report(spec).read_text()
+    assert "test AUC (given labels) (%)" in page and "70.00 (1)" in page and metrics.ASSUMPTION in page
+    assert "mAP" not in page and "nan" not in page.split("<img")[0]
+    table = results.rows(spec, "glyphs")
+    assert results.best_baseline(table, "test_auc_observed") == "gr"
+    figure = plots.learning_curves(runs.history(tmp_path, [name]))
+    assert [ax.get_title() for ax in figure.axes] == ["training loss", "validation AUC, given labels (%)"]
+    assert figure.axes[1].lines[0].get_ydata().tolist() == [69, 70]
+
+
+def test_known_and_unknown_truth_in_one_table(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("AEVLP_RUNS", str(tmp_path))
+    finished(tmp_path)
+    with pytest.raises(SystemExit):
+        cli.main(["results"])
+    head, line = capsys.readouterr().out.splitlines()
+    assert "test mAP" in head and "AUC" not in head and "60.0" in line and "80.0" in line, "one unit: percent"
+    unknown(tmp_path, method="an")
+    with pytest.raises(SystemExit):
+        cli.main(["results"])
+    said = capsys.readouterr().out
+    assert "test mAP" in said and "test AUC*" in said and metrics.ASSUMPTION in said
+    page = results.report(dict(name="own", methods=["gr", "an"], seeds=[0])).read_text()
+    assert "test mAP (%)" in page and "<td>–</td>" in page and "nan" not in page.split("<img")[0]
