@@ -279,6 +279,7 @@ TOKENS = (
     _s('token_grid', _OURS + ': none are pooled', 0),
     _s('token_temperature', _JSON + ' (temp), of views; ' + _GLYPHS, 0.01, 0.01, 0.01, 0.1, 0.1),
     _s('global_threshold', 'as damp; ' + _GLYPHS, None, None, None, None, 0.3, methods=('+tokens',)),
+    _s('global_threshold', 'as damp; ' + _GLYPHS, None, None, None, None, 0.1, methods=('+piaa',)),
     _s('piaa_tokens', _PIAA + _GLYPHS, 512, 512, 512, 512, 64),
     _s('piaa_sharpness', _PIAA + _GLYPHS, 60., 60., 60., 60., 20.),
     _s('piaa_temperature', _PIAA + _GLYPHS, 500., 500., 500., 500., 1.),

@@ -723,16 +723,19 @@ def cost(
             + (f"; no run like {unknown} of them to judge by" if unknown else ""))
 
 # %% ../nbs/15_runs.ipynb #ba2673a1
-_BANK = ("clip", "clip_weights", "clip_norm", "grid", "overlap", "augment", "view_seed")
+_CLIP = ("clip", "clip_weights", "clip_norm", "augment", "view_seed", "precision")
+_VIEWS, _TOKENS = (*_CLIP, "grid", "overlap"), (*_CLIP, "token_size", "token_rule", "token_grid")
+_BANK = {"damp": _VIEWS, "fixed-damp": _VIEWS, "tokens": _TOKENS, "piaa": _TOKENS}
 
 
 def bank_of(
     params: dict,  # of a run
 ) -> str | None:  # the same for runs that share a bank
     "What names the CLIP bank that a run fills or reads; None where its labels need none."
-    if registry.get(params["method"]).labeler not in ("damp", "fixed-damp"):
+    decides = _BANK.get(registry.get(params["method"]).labeler)
+    if decides is None:
         return None
-    return json.dumps([params["dataset"], params["root"], params["csv"], [params["recipe"].get(k) for k in _BANK]])
+    return json.dumps([params["dataset"], params["root"], params["csv"], [(k, params["recipe"].get(k)) for k in decides]])
 
 
 def _waves(todo, filled):

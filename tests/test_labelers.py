@@ -8,7 +8,9 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+from PIL import Image
 
+from aevlp.damp import damp
 from aevlp.data import AevlpError, LabelledImages
 from aevlp.labelers import LABELERS, Batch, Fixed, LargeLossLabeler, RandomLabeler, build_labeler, large_loss_count
 from aevlp.recipes import recipe
@@ -16,15 +18,17 @@ from aevlp.vlm import load_clip
 
 N, C = 10, 6
 TINY = dict(clip="tiny-labeler", clip_weights="none", vlpl_clip="tiny-labeler", vlpl_clip_weights="none")
-TINY |= dict(grid=2, noise_hidden=16, temperature=0.02)
+TINY |= dict(grid=2, noise_hidden=16, temperature=0.02, token_size=0)
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    rng = np.random.default_rng(0)
+def data(tmp_path_factory, images):
+    rng, folder = np.random.default_rng(0), tmp_path_factory.mktemp("pictures")
     observed = np.zeros((N, C), np.int8)
     observed[np.arange(N), rng.integers(0, C, N)] = 1
-    paths = np.array([f"/nowhere/{i}.png" for i in range(N)])
+    paths = np.array([str(folder / f"{i}.png") for i in range(N)])
+    for path, image in zip(paths, images, strict=True):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
     splits = dict(train=np.arange(1, N), val=np.arange(1), test=np.array([], np.int64))
     return LabelledImages("tiny", paths, tuple("abcdef"), observed, observed, splits)
 
@@ -122,6 +126,38 @@ def test_damp_changes_with_the_epoch_and_fixed_damp_does_not(build, batch):
     assert all(torch.equal(fixed.labels(every, epoch), first) for epoch in (3, 1, 2))
     other = build(view_seed=1, **changes)
     assert not torch.equal(other.labels(every, 1), first)
+
+
+def test_tokens_are_damp_on_the_tokens_of_one_pass(build, batch, images):
+    changes = dict(global_threshold=0.1, token_temperature=0.03, token_grid=2, local_threshold=0.2)
+    labeler, some = build("tokens", **changes), batch([2, 5, 7])
+    scores, shown = labeler.scores(some, 3), counted_tokens(labeler.eyes)
+    e = labeler.eyes.encode(some.images, some.ids, 3)
+    assert e.shape == (3, 5, 24) and shown == [3]  # one pass a picture
+    probs = (e.double() @ labeler.prototypes.double().T / 0.03).softmax(-1)
+    settings = dict(local_threshold=0.2, global_threshold=0.1, top_k=3, negative_ratio=0.2)
+    expected = damp(probs, some.observed, **settings)
+    torch.testing.assert_close(scores.final.double(), expected.final, atol=1e-5, rtol=1e-4)
+    assert torch.equal(labeler.labels(some, 3), expected.pseudo)
+    every = batch(list(range(1, N)))
+    assert not torch.equal(labeler.scores(every, 1).final, labeler.scores(every, 2).final)
+
+
+def test_piaa_labels_are_the_best_and_the_worst_of_its_scores(build, batch):
+    labeler, some = build("piaa", global_threshold=0.15, top_k=2, negative_ratio=0.34), batch([1, 4, 6, 8])
+    final = labeler.scorer.read(labeler.eyes(some, 2))
+    for row, label in zip(final.tolist(), labeler.labels(some, 2).tolist(), strict=True):
+        order = sorted(range(C), key=lambda c: row[c])
+        expected = [1 if c in order[-2:] and row[c] >= 0.15 else 0 for c in range(C)]
+        assert label == [-1 if c in order[:2] else v for c, v in enumerate(expected)]
+    assert labeler.scorer.weight.abs().sum() > 0
+
+
+def counted_tokens(eyes):
+    "The numbers of pictures whose tokens are read from now on"
+    seen, encode = [], eyes.clip.encode_tokens
+    eyes.clip.encode_tokens = lambda pixels, rule: seen.append(len(pixels)) or encode(pixels, rule)
+    return seen
 
 
 def test_fixed_labels_survive_a_save(build, batch):

@@ -269,7 +269,7 @@ def test_with_and_without_a_bank(data, tmp_path, encoded):
         tiny.train(tmp_path / f"run {i}", "aevlp", data, {"epochs": 2}, bank=b)
         for i, b in enumerate((tmp_path / "banks", False))
     )
-    assert sum(encoded) == 2 * 2 * 60 * 5  # runs, epochs, images, views
+    assert sum(encoded) == 2 * (2 * 60 + 60) * 5  # runs, epochs of 60 images and the evaluation of 60, views
     assert with_bank["test_map"] == pytest.approx(without["test_map"], abs=0.1)
     for epoch in (1, 2):
         a, b = (np.load(tmp_path / f"run {i}" / f"pseudo/epoch_{epoch:02d}.npz")["pseudo"] for i in (0, 1))
