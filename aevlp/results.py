@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['ASKED', 'SETTLED', 'PUBLISHED', 'DEMO', 'PICTURES', 'spread', 'holm', 'paired', 'figures_root', 'rows', 'publish',
-           'missing', 'beside_paper', 'save_table', 'best_baseline', 'report', 'render', 'demo', 'summary']
+           'missing', 'beside_paper', 'save_table', 'best_baseline', 'report', 'passes', 'milliseconds', 'prices',
+           'points', 'render', 'demo', 'summary']
 
 # %% ../nbs/15b_results.ipynb #5d4ed9ef
 import base64
 import html
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -313,6 +315,94 @@ def report(
         body = body.replace('href="', f'href="{folder.as_uri()}/')
     write_text(out, f"<!doctype html><html lang=en><head>{head}<style>{_STYLE}</style></head><body>{body}</body></html>")
     return out
+
+# %% ../nbs/15b_results.ipynb #a4c0f364
+def passes(
+    method,  # a `registry.Method`
+    recipe,
+) -> int:  # of CLIP's image tower over each training picture, where no bank holds them
+    "What training asks of CLIP."
+    views = 1 + recipe.grid**2
+    each = {"damp": views * recipe.epochs, "fixed-damp": views, "tokens": recipe.epochs, "piaa": recipe.epochs, "vlpl": 1}
+    if method.scorer:
+        return int(method.scorer == "clip-piaa")
+    if recipe.backbone == "frozen":  # its views are those of the labeler, of a few epochs in turn
+        epochs = min(recipe.view_epochs or recipe.epochs, recipe.epochs)
+        return (views + (1 if method.labeler in ("tokens", "piaa") else 0)) * epochs
+    return each.get(method.labeler, 0)
+
+
+def _best_of_three(work, pictures) -> float:  # milliseconds a picture
+    spent = []
+    for _ in range(3):
+        began = time.perf_counter()
+        work()
+        spent.append(time.perf_counter() - began)
+    return 1000 * min(spent) / pictures
+
+
+def milliseconds(
+    data,  # `LabelledImages`
+    recipe,
+    kinds,  # of 'classifier' and the names of scorers
+    pictures: int = 64,
+) -> dict:  # kind -> milliseconds a picture
+    "What a prediction takes on this machine, decoding left out."
+    import torch
+    from aevlp import models, scorers, train
+    from aevlp.data import decode, threads
+    images = [torch.from_numpy(decode(data.paths[i])).permute(2, 0, 1) for i in data.splits["test"][:pictures]]
+    found = {}
+    with threads(recipe.threads), torch.no_grad():
+        for kind in kinds:
+            if kind == "classifier":
+                model = models.build_model(replace(recipe, backbone_weights="none"), len(data.class_names)).eval()
+                found[kind] = _best_of_three(lambda: model(train._inputs(model, images, recipe, "cpu")), len(images))
+            else:
+                scorer = scorers.build_scorer(kind, data.class_names, recipe)
+                found[kind] = _best_of_three(lambda: scorer.scores(images), len(images))
+    return found
+
+
+def prices(
+    spec,  # of `rows`
+    dataset: str,
+    root=None,
+    csv=None,
+) -> pd.DataFrame:  # label -> kind, passes, milliseconds, milliseconds with CLIP
+    "What each row of a table costs, in training and at a prediction."
+    from aevlp import recipes, registry
+    plan = runs.expand(spec, dataset, root, csv, seeds=[0])
+    given = {row.label: (registry.get(row.method), recipes.Recipe(**row.params["recipe"])) for row in plan.itertuples()}
+    own = {label: m.scorer or ("clip-views" if r.backbone == "frozen" else "classifier") for label, (m, r) in given.items()}
+    beside = {r.with_clip for m, r in given.values() if r.with_clip and not m.scorer}
+    recipe = next(r for m, r in given.values() if not m.scorer and r.backbone != "frozen")
+    took = milliseconds(runs.load_data(plan.params.iloc[0]), recipe, {*own.values(), *beside})
+    lines = []
+    for label, (method, made) in given.items():
+        kind = "no training" if method.scorer else "head" if made.backbone == "frozen" else "classifier"
+        both = None if method.scorer or not made.with_clip else took[own[label]] + took[made.with_clip]
+        lines.append({"": label, "kind": kind, "passes": passes(method, made), "milliseconds": took[own[label]],
+                      "milliseconds with CLIP": both})
+    return pd.DataFrame(lines).set_index("")
+
+
+def points(
+    table: pd.DataFrame,  # of `rows`
+    prices: pd.DataFrame,  # of `prices`
+) -> pd.DataFrame:  # label, kind, map, half, milliseconds, seconds
+    "The rows of a table as points of `plots.cost_front`, alone and with CLIP."
+    lines = []
+    for label, group in table.groupby("label", sort=False):
+        price = prices.loc[label]
+        seconds = 1.0 if price.kind == "no training" else max(group.seconds.astype(float).mean(), 1.0)
+        for column, cost, also in (("test_map", "milliseconds", ""), ("fused_test_map", "milliseconds with CLIP", " + CLIP")):
+            values = group[column].astype(float).dropna() if column in group else pd.Series(dtype=float)
+            if len(values) and pd.notna(price[cost]):
+                half = float(plots.half_interval(values.groupby(lambda _: 0)).iloc[0])
+                lines.append(dict(label=label + also, kind=price.kind + also, map=values.mean(), half=half,
+                                  milliseconds=price[cost], seconds=seconds))
+    return pd.DataFrame(lines)
 
 # %% ../nbs/15b_results.ipynb #664e597d
 DEMO = dict(name="demo", datasets=["glyphs"], methods=["full", "an", "gr", "aevlp"], overrides=dict(epochs=8))  # of up to 24

@@ -194,7 +194,7 @@ def test_an_estimate_uses_runs_of_the_same_kind(tmp_path):
 def test_every_shipped_sweep_expands_on_every_data_set(name, dataset):
     plan = runs.expand(name, dataset, root=None if dataset == "glyphs" else "/somewhere")
     assert len(plan) and plan.label.notna().all()
-    if dataset != "glyphs" and name.startswith("table") and name not in ("table1", "table2"):
+    if dataset != "glyphs" and name.startswith("table") and name not in ("table1", "table2", "table7", "table8"):
         assert plan.paper.notna().all(), "the paper has a number for every row"
 
 
