@@ -102,20 +102,21 @@ def _overrides(params) -> str:
     return " ".join(f"{k}={v}" for k, v in (params.get("overrides") or {}).items())
 
 
+def _asked(row) -> tuple:  # of text
+    return tuple("" if pd.isna(row.get(k)) else str(row[k]) for k in (*ASKED, *SETTLED))
+
+
 def _with_published(table, params, dataset) -> pd.DataFrame:
     "Rows without a run here take the published numbers of the same settings, if there are any."
     path = figures_root() / "reference" / dataset / "results.csv"
     if table.run.notna().all() or not path.is_file():
         return table.assign(published=False)
-    known = pd.read_csv(path, keep_default_na=False, na_values=[""]).astype({"overrides": str})
-    known["overrides"] = known.overrides.replace("nan", "")
-    known = {tuple(str(row[k]) for k in (*ASKED, *SETTLED)): row for row in known.to_dict("records")}
+    known = {_asked(row): row for row in pd.read_csv(path).to_dict("records")}
     numbers = [c for c in PUBLISHED[1 + len(ASKED) :]]
     table = table.reindex(columns=[*table, *(c for c in numbers if c not in table)]).astype({c: object for c in numbers})
     taken = np.zeros(len(table), dtype=bool)
     for i, (run, given) in enumerate(zip(table.run, params, strict=True)):
-        asked = {**given, **given["recipe"], "overrides": _overrides(given), "observation": given.get("observation") or float("nan")}
-        row = known.get(tuple(str(asked[k]) for k in (*ASKED, *SETTLED))) if pd.isna(run) else None
+        row = known.get(_asked({**given, **given["recipe"], "overrides": _overrides(given)})) if pd.isna(run) else None
         if row:
             taken[i] = True
             for c in numbers:
@@ -134,7 +135,7 @@ def publish(
     made = pd.concat([rows(spec, dataset, folder=folder) for spec in specs])
     made = made[made.run.notna()].drop_duplicates("key").reindex(columns=PUBLISHED)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, made.to_csv(index=False, float_format="%.4f"))
+    write_text(path, made.to_csv(index=False, float_format="%.6g"))
     return path
 
 
@@ -145,8 +146,11 @@ def missing(
     root=None,
     csv=None,
 ) -> str | None:
-    "One sentence: which runs are missing and the command that makes them; None where none is."
+    "One sentence: which runs are missing and the command that makes them, or that kernels differ; None where all is well."
     lacking = table[table.run.isna()]
+    kernels = table.get("arithmetic", pd.Series(dtype=object)).dropna().unique()
+    if len(kernels) > 1:
+        return f"The rows were computed with different kernels ({', '.join(sorted(kernels))}): their digits do not compare."
     if lacking.empty:
         return None
     if lacking.get("published", pd.Series(False, lacking.index)).all():

@@ -215,6 +215,30 @@ def test_the_paper_s_numbers_stand_beside_ours(tmp_path):
     assert results.beside_paper(voc, {}).loc["AEVLP", "paper"] == 90.46
 
 
+def test_runs_of_different_kernels_are_not_mixed_without_a_word(tmp_path):
+    for seed, kernels in enumerate(("portable", "native AVX512")):
+        run = finished(tmp_path, 60.0, method="an", seed=seed)
+        metrics = json.loads((run / "metrics.json").read_text())
+        (run / "metrics.json").write_text(json.dumps(metrics | {"arithmetic": kernels}))
+    spec = {"name": "mine", "methods": ["an"], "seeds": [0, 1]}
+    said = results.missing(results.rows(spec, "glyphs", folder=tmp_path), spec, "glyphs")
+    assert "different kernels (native AVX512, portable)" in said
+
+
+def test_published_results_stand_in_for_the_same_settings_only(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "figures_root", lambda: tmp_path / "figures")
+    for seed in (0, 1):
+        finished(tmp_path / "runs", 60.0 + seed, method="an", seed=seed)
+    spec = {"name": "mine", "methods": ["an"], "seeds": [0, 1]}
+    path = results.publish([spec], "glyphs", folder=tmp_path / "runs")
+    assert path == tmp_path / "figures/reference/glyphs/results.csv" and len(path.read_text().splitlines()) == 3
+    table = results.rows(spec, "glyphs", folder=tmp_path / "none")
+    assert table.published.all() and table.test_map.tolist() == [60.0, 61.0] and table.run.isna().all()
+    assert "published" in results.missing(table, spec, "glyphs")
+    other = results.rows(spec | {"overrides": {"epochs": 3}}, "glyphs", folder=tmp_path / "none")
+    assert not other.published.any() and other.get("test_map", other.seed * float("nan")).isna().all()
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.tuples(st.floats(0, 100), st.floats(0, 100)), min_size=1, max_size=6))
 def test_pairs_agree_with_scipy_and_few_pairs_say_nothing(pairs):
