@@ -197,14 +197,19 @@ def vendor(static):
     return True
 
 
+TUTORIALS = ("your_pictures", "explore", "review", "look_at_100", "reproduce", "cluster", "own_method")  # as one needs them
+
+
 def toc(pages):
     "The site's table of contents, in reading order."
 
-    def listed(folder):
-        return [p for p in pages if p.parent.name == folder and p.parent != NBS]
+    def listed(folder, first=()):
+        order = {name: i for i, name in enumerate(first)}
+        found = [p for p in pages if p.parent.name == folder and p.parent != NBS]
+        return sorted(found, key=lambda p: order.get(p.stem, len(order)))
 
     groups = {
-        "Tutorials": listed("tutorials"),
+        "Tutorials": listed("tutorials", TUTORIALS),
         "Reference": [p for p in pages if p.parent == NBS and p.name != "index.ipynb"],
         "The paper's tables and figures": listed("experiments"),
         "Background": listed("background"),
@@ -231,7 +236,7 @@ def site(strict):
         target = source / path.relative_to(NBS).with_name(page_name(path))
         target.parent.mkdir(parents=True, exist_ok=True)
         nbformat.write(nb, target)
-    for extra in ("conf.py", "static"):
+    for extra in ("conf.py", "scorer.js", "static"):
         where = ROOT / "docs" / extra
         (shutil.copytree if where.is_dir() else shutil.copy)(where, source / extra)
     offline = vendor(source / "static")

@@ -23,6 +23,7 @@ suppress_warnings = ["myst.header", "mystnb.unknown_mime_type"]
 html_theme = "sphinx_book_theme"
 html_static_path = ["static"]
 html_css_files = ["aevlp.css"]
+html_search_scorer = "scorer.js"
 html_context = {"default_mode": "auto"}
 html_theme_options = {"navbar_persistent": [], "show_toc_level": 2, "home_page_in_toc": True}
 html_use_index = False  # the pages are their own index
