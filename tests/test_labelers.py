@@ -12,7 +12,16 @@ from PIL import Image
 
 from aevlp.damp import damp
 from aevlp.data import AevlpError, LabelledImages
-from aevlp.labelers import LABELERS, Batch, Fixed, LargeLossLabeler, RandomLabeler, build_labeler, large_loss_count
+from aevlp.labelers import (
+    LABELERS,
+    Batch,
+    Fixed,
+    LargeLossLabeler,
+    RandomLabeler,
+    VlplLabeler,
+    build_labeler,
+    large_loss_count,
+)
 from aevlp.recipes import recipe
 from aevlp.vlm import load_clip
 
@@ -225,6 +234,14 @@ def test_vlpl_reads_the_whole_image_once(build, batch):
     embeddings = labeler.labeler.eyes.encode(some.images, some.ids, 1)[:, 0].double()
     probs = (embeddings @ labeler.labeler.prototypes.double().T / 0.01).softmax(-1)
     assert torch.equal(first, (probs > 0.2).to(torch.int8)) and first.any()
+
+
+def test_vlpl_s_threshold_is_the_recipe_s():
+    probs = torch.tensor([[0.5, 0.2, 0.3]])
+    made = recipe("glyphs", "vlpl", vlpl_temperature=1.0, vlpl_threshold=0.28)
+    labeler = VlplLabeler(lambda batch, epoch: probs.log()[:, None], torch.eye(3), made)
+    some = Batch(torch.tensor([0]), torch.tensor([0]), [], torch.zeros(1, 3, dtype=torch.int8))
+    assert labeler.labels(some, 1).tolist() == [[1, 0, 1]]
 
 
 # ---- chance

@@ -425,6 +425,27 @@ def test_large_pictures_are_predicted_reduced_and_in_small_batches(tmp_path, mon
             assert min(image.shape[1:]) >= min(128, *decode(paths[i]).shape[:2]) and max(image.shape[1:]) < 256
 
 
+def test_the_test_split_is_scored_with_the_best_weights_not_the_last(data, tmp_path, monkeypatch):
+    whole, last = train.Training.train_epoch, []
+
+    def spoiled(self, *args):
+        whole(self, *args)
+        if self.at["epoch"] == 3:
+            with torch.no_grad():
+                self.net.head.weight.neg_()
+            last.append({k: v.clone() for k, v in self.net.state_dict().items()})
+
+    monkeypatch.setattr(train.Training, "train_epoch", spoiled)
+    tiny.train(tmp_path / "run", "an", data)
+    model, settings, _ = train.load_run(tmp_path / "run")
+    saved = np.load(tmp_path / "run" / "predictions.npz")["probs"]
+    assert settings["epoch"] < 3
+    of_best = train.predict(model, data, data.splits["test"], settings["recipe"]).numpy()
+    np.testing.assert_allclose(saved, of_best, atol=1e-6)
+    model.load_state_dict(last[0])
+    assert np.abs(train.predict(model, data, data.splits["test"], settings["recipe"]).numpy() - saved).max() > 1e-3
+
+
 def test_averaged_weights_are_those_of_a_plain_loop(tmp_path, monkeypatch):
     data, seen, step = tiny.shapes(tmp_path / "pictures", n=60), [], train.Training.step
 

@@ -50,6 +50,8 @@ def test_patches_grow_by_their_own_ratio_on_every_side():
     assert (grow[0] - grow[1]).abs().max() <= 1 / 250 and (grow[0] - tall[0]).abs().max() <= 2 / 250
     assert 0 <= grow.min() < 0.01 and 0.19 < grow.max() <= 0.2 + 1 / 500 and abs(grow.mean() - 0.1) < 0.01
     assert len(plan.boxes[0, 1:].unique(dim=0)) == 16
+    neighbour = (1000 - plan.boxes[:, 1 + 6, 0].double()) / 500  # row 1, column 2 grows by a ratio of its own
+    assert abs(np.corrcoef(grow[0], neighbour)[0, 1]) < 0.2 and (grow[0] - neighbour).abs().mean() > 0.03
 
 
 def test_draws_are_uniform_and_independent():
