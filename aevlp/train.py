@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['CACHE_BYTES', 'BATCH_BYTES', 'EVALUATION_BATCH', 'CLEAN_ENOUGH', 'HISTORY', 'QUALITY', 'OPTIMIZERS',
-           'seed_everything', 'deterministic', 'save_checkpoint', 'load_checkpoint', 'Pictures', 'shard', 'gather_rows',
-           'predict', 'chosen_by', 'Training', 'tracker_named', 'class_mean', 'fuse_run', 'fit', 'load_run']
+           'seed_everything', 'deterministic', 'save_checkpoint', 'load_checkpoint', 'Pictures', 'global_batches',
+           'shard', 'gather_rows', 'predict', 'chosen_by', 'Training', 'tracker_named', 'class_mean', 'fuse_run', 'fit',
+           'load_run']
 
 # %% ../nbs/13_train.ipynb #33de8b74
 import contextlib
@@ -233,6 +234,15 @@ class Pictures:
             yield images, part
 
 # %% ../nbs/13_train.ipynb #bb1c5c9b
+def global_batches(
+    order,  # (n,) positions of an epoch
+    batch_size: int,
+) -> list:  # of (b,) positions
+    "The batches of an epoch; a last one of a single picture, which has no variance to normalise by, joins the one before."
+    ends = list(range(batch_size, len(order), batch_size))
+    return np.split(order, ends[:-1] if ends and batch_size > 1 and len(order) - ends[-1] == 1 else ends) if len(order) else []
+
+
 def shard(
     order,  # (n,) positions of an epoch
     batch_size: int,  # of the global batch
@@ -240,7 +250,7 @@ def shard(
     ranks: int = 1,
 ) -> list:  # of (ceil(b / ranks),) positions, one array a step
     "The part of each global batch that one rank works on."
-    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    batches = global_batches(order, batch_size)
     return [np.resize(b, -(-len(b) // ranks) * ranks)[rank::ranks] for b in batches]
 
 # %% ../nbs/13_train.ipynb #14456867
@@ -560,15 +570,16 @@ def resume(self: Training):
 @patch
 def train_epoch(self: Training, tick=lambda: None):
     "The steps of an epoch that are still to do."
-    at, size = self.at, self.recipe.batch_size
+    at = self.at
     if at["step"] == 0:
         self.objective.start_epoch(at["epoch"], self.recipe.epochs)
     order = epoch_order(self.ids["train"], self.seed, at["epoch"])
+    size, whole = self.recipe.batch_size, global_batches(order, self.recipe.batch_size)
     parts = shard(order, size, self.accelerator.process_index, self.accelerator.num_processes)[at["step"] :]
     self.model.train()
     before = time.monotonic()
     for images, local in self.pictures.batches(parts):
-        self.step(order[at["step"] * size :][:size], local, images)
+        self.step(whole[at["step"]], local, images)
         now = time.monotonic()
         at["epoch_seconds"] += now - before
         before = now
@@ -831,7 +842,7 @@ def track(self: Training, row):
 @patch
 def bar(self: Training, shown):
     "A progress bar over the steps of all epochs that are left."
-    steps = -(-len(self.ids["train"]) // self.recipe.batch_size)
+    steps = len(global_batches(self.ids["train"], self.recipe.batch_size))
     left = steps * (self.recipe.epochs + 1 - self.at["epoch"]) - self.at["step"]
     desc = f"{self.method.name} on {self.data.name}"
     return progress(None, desc, total=left) if shown and self.main else contextlib.nullcontext()
