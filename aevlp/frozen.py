@@ -18,7 +18,7 @@ from torch import nn
 
 from .bank import Bank, _folder, _read_json
 from .data import AevlpError, Images, LabelledImages, _root
-from .eyes import Eyes, clip_of, open_bank, turn, view_settings
+from .eyes import clip_of, eyes_of, turn, view_settings
 from .views import evaluation_plan
 
 # %% ../nbs/10b_frozen.ipynb #22e4df36
@@ -48,7 +48,7 @@ class Embeddings:
                  bank_root=None):  # folder of banks; None = the usual one, False = no bank
         self.data, self.recipe, self.device, self.root = data, recipe, device, bank_root
         self.pictures, self.tables = Images(data.paths), {}
-        self.clip = None if recipe.features else clip_of(recipe, device)
+        self.eyes = None if recipe.features else eyes_of(recipe, clip_of(recipe, device))
         self.bank = imported(recipe.features, data, bank_root or None) if recipe.features else None
         self.names = list(data.splits)
         self.split, self.row = np.full(len(data), -1), np.full(len(data), -1)
@@ -57,10 +57,7 @@ class Embeddings:
     def _parts(self, split, epoch):  # yields (b, V, K) float16, of consecutive pictures of the split
         ids = self.data.splits[split]
         if self.bank: yield from (self.bank.get(0, part) for part in np.array_split(ids, max(len(ids) // 256, 1)))
-        else:
-            settings = view_settings(self.recipe, self.clip)
-            bank = open_bank(self.data, split, self.clip, settings, self.recipe.view_seed, self.root)
-            yield from Eyes(self.clip, settings, self.recipe.view_seed, bank).over(self.data, ids, epoch)
+        else: yield from self.eyes.split(self.data, split, self.root, epoch)
 
     def table(self, split, epoch):  # -> (n, W) float16, of the whole split
         "The rows of a split in an epoch; 0: evaluation views"
@@ -72,7 +69,7 @@ class Embeddings:
 
     @property
     def width(self):  # W
-        return self.bank.shape[2] * (3 if self.bank.shape[1] > 1 else 1) if self.bank else 3 * self.clip.width
+        return self.bank.shape[2] * (3 if self.bank.shape[1] > 1 else 1) if self.bank else 3 * self.eyes.clip.width
 
     def moments(self):  # -> mean (W,), deviation (W,), float32
         "Of the training rows of all epochs that come in turn"

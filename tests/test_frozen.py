@@ -179,7 +179,7 @@ def test_new_pictures_and_export(place, monkeypatch, tmp_path):
     model, shape, wants = frozen.whole(net, settings["recipe"])
     assert shape == (5, 3, 64, 64) and wants["views"][0] == [0, 0, 1, 1] and wants["views"][1] == [0, 0, 0.55, 0.55]
     source = frozen.Embeddings(moved, settings["recipe"], bank_root=False)
-    eyes = frozen.Eyes(source.clip, frozen.view_settings(settings["recipe"], source.clip), 0, None)
+    eyes = source.eyes
     pictures = [Images(moved.paths)[i][0] for i in range(4)]
     views = torch.cat(list(eyes.parts(pictures, torch.arange(4), 0)))
     assert np.abs(torch.sigmoid(model(views)).detach().numpy() - probs[:4]).max() < 5e-3
