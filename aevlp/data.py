@@ -413,22 +413,37 @@ def _stamp(path) -> tuple:  # whatever writes a file anew changes one of them
     return found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
-def _content(path) -> bytes:  # 16 bytes
+_MAGIC = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"BM", b"RIFF", b"II*\0", b"MM\0*", *(b"P%d" % n for n in range(1, 7))
+
+
+def _suspect(data: bytes) -> bool:
+    "Whether a file has an unknown beginning, or an end that is not that of its format: to be decoded before a training."
+    if data[:2] == b"\xff\xd8":
+        return b"\xff\xd9" not in data[-64:]
+    if data[:4] == b"\x89PNG":
+        return b"IEND" not in data[-64:]
+    if data[:4] == b"RIFF" or data[:2] == b"BM":
+        at = 4 if data[:1] == b"R" else 2
+        return len(data) < int.from_bytes(data[at : at + 4], "little")
+    return not data.startswith(_MAGIC) and data[4:8] != b"ftyp"
+
+
+def _content(path) -> bytes:  # 17 bytes: hash, and whether the file is suspect
     try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").digest()[:16]
+        data = Path(path).read_bytes()
     except (OSError, ValueError):
-        return bytes(16)  # what is wrong with it, the decoder says
+        return bytes(16) + b"\1"  # what is wrong with it, the decoder says
+    return hashlib.sha256(data).digest()[:16] + bytes([_suspect(data)])
 
 
-def _contents(paths) -> np.ndarray:  # (N, 16) uint8
-    "Hashes of files, kept in `home()` until a file's size or time changes."
+def _contents(paths) -> np.ndarray:  # (N, 17) uint8
+    "`_content` of files, kept in `home()` until a file's size or time changes."
     cache = home() / "pictures" / f"{hashlib.sha256(os.fsencode(_root(paths))).hexdigest()[:16]}.npz"
     names, stamps = [hashlib.sha256(os.fsencode(p)).digest()[:16] for p in paths], [_stamp(p) for p in paths]
     known = {}
     with suppress(OSError, ValueError, KeyError, zipfile.BadZipFile):  # not there, or torn: computed anew
         with np.load(cache) as kept:
-            rows = zip(kept["names"], kept["stamps"].tolist(), kept["contents"], strict=True)
+            rows = zip(kept["names"], kept["stamps"].tolist(), kept["found"], strict=True)
             known = {name.tobytes(): (tuple(stamp), content.tobytes()) for name, stamp, content in rows}
     new = [i for i, name in enumerate(names) if known.get(name, ((), b""))[0] != stamps[i]]
     for i in progress(new, "hashing pictures"):
@@ -439,8 +454,8 @@ def _contents(paths) -> np.ndarray:  # (N, 16) uint8
             with replacing(cache) as file:
                 np.savez(file, names=np.frombuffer(b"".join(known), np.uint8).reshape(-1, 16),
                          stamps=np.array([stamp for stamp, _ in known.values()], np.int64),
-                         contents=np.frombuffer(b"".join(c for _, c in known.values()), np.uint8).reshape(-1, 16))
-    return np.frombuffer(b"".join(known[name][1] for name in names), np.uint8).reshape(-1, 16)
+                         found=np.frombuffer(b"".join(c for _, c in known.values()), np.uint8).reshape(-1, 17))
+    return np.frombuffer(b"".join(known[name][1] for name in names), np.uint8).reshape(-1, 17)
 
 # %% ../nbs/03_data.ipynb #27a8fe0e
 @dataclass(frozen=True, eq=False)
@@ -496,7 +511,11 @@ class LabelledImages:
     @cached_property
     def pictures(self) -> str:  # 12 hexadecimal digits
         "What the pictures are, in their order: a hash of the files; of a benchmark, which does not change, the fingerprint."
-        return hashlib.sha256(_contents(self.paths).tobytes()).hexdigest()[:12] if self.own else self.fingerprint
+        return hashlib.sha256(_contents(self.paths)[:, :16].tobytes()).hexdigest()[:12] if self.own else self.fingerprint
+
+    def suspects(self) -> np.ndarray:  # positions
+        "Pictures that may not be whole, from the first and last bytes of their files; decoding decides."
+        return np.flatnonzero(_contents(self.paths)[:, 16])
 
 # %% ../nbs/03_data.ipynb #34d70dd8
 @patch

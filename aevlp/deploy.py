@@ -26,8 +26,10 @@ from PIL import Image
 from torch import nn
 
 from . import methods, outcome, plots, runs, train
-from .metrics import MEASURES
 from .data import FORMATS, AevlpError, AevlpWarning, LabelledImages, decode, made_here, replacing, write_json, write_text
+from .frozen import whole
+from .metrics import MEASURES
+from .models import FROZEN
 
 # %% ../nbs/15c_deploy.ipynb #79ac4fbf
 def unchanged(
@@ -272,7 +274,7 @@ def _model_files(out) -> tuple:  # model, its JSON
     if out.suffix.lower() == ".json":
         raise AevlpError(f"{out} is the name of what is written beside the model; let it end in .onnx or .pt")
     beside = out.with_suffix(".json")
-    ours = lambda path: {"run", "classes", "squash_to"} <= set(outcome.read_json(beside))  # of the model, by what is beside it
+    ours = lambda path: {"run", "classes", "input"} <= set(outcome.read_json(beside))  # of the model, by what is beside it
     return outcome.keep_foreign(out, ours), outcome.keep_foreign(beside, ours)
 
 
@@ -288,16 +290,19 @@ def export(
         raise AevlpError(f"form '{form}' should be onnx or torchscript")
     run, (write, ending) = runs.find(run, folder), writers[form]
     net, settings, names = train.load_run(run)
-    model, size = _Probabilities(net).eval(), settings["recipe"].image_size
+    size = settings["recipe"].image_size
+    shape, wants = (3, size, size), dict(squash_to=size, mean=list(map(float, net.mean)), std=list(map(float, net.std)))
+    if settings["recipe"].backbone == FROZEN:
+        net, shape, wants = whole(net, settings["recipe"])
+    model = _Probabilities(net).eval()
     out, beside = _model_files(out or run / f"model{ending}")
-    about = dict(run=run.name, input=["batch", 3, size, size], squash_to=size, mean=list(map(float, net.mean)),
-                 std=list(map(float, net.std)), output="probability per class", classes=list(names),
-                 thresholds=thresholds(run).to_dict())
+    about = dict(run=run.name, input=["batch", *shape]) | wants | dict(
+        output="probability per class", classes=list(names), thresholds=thresholds(run).to_dict())
     torch.manual_seed(0)
     with torch.no_grad(), tempfile.TemporaryDirectory() as private:
         made = Path(private) / out.name
-        reads = write(model, torch.randn(2, 3, size, size), made)
-        pictures = torch.randn(5, 3, size, size)
+        reads = write(model, torch.randn(2, *shape), made)
+        pictures = torch.randn(5, *shape)
         difference = float(np.abs(reads(pictures) - model(pictures).numpy()).max())
         if not difference < 1e-3:
             raise runs.RunFailed(f"the {form} file differs from PyTorch by {difference:.2g} on random input; it was not kept")

@@ -11,6 +11,7 @@ __all__ = ['FONT', 'GLYPHS', 'CLASS_NAMES', 'LETTERS', 'SIDE', 'THEMES', 'COUNTS
 import colorsys
 import io
 import os
+import re
 import uuid
 from functools import lru_cache
 from pathlib import Path
@@ -269,6 +270,11 @@ def _groups(folder, seed, counts):
     return files
 
 # %% ../nbs/05_glyphs.ipynb #dc1618e8
+def _entries(folder) -> list:
+    "What a folder holds, nothing where there is none."
+    return sorted(Path(folder).iterdir()) if Path(folder).is_dir() else []
+
+
 def load(
     size: str = "demo",  # demo: 2,000 + 500 + 1,000 scenes; tiny: 48 + 12 + 30
     root: str | Path | None = None,  # folder of the pictures, default `home()/glyphs`
@@ -278,6 +284,8 @@ def load(
     if size not in SIZES:
         raise AevlpError(f"glyphs come in the sizes {', '.join(SIZES)}, not {size!r}")
     folder = (home() / "glyphs" if root is None else Path(root).absolute()) / f"{size}-{seed}-v{VERSION}"
+    if root is not None and (other := next((p.name for p in _entries(root) if not re.fullmatch(r"[a-z]+-\d+-v\d+|\..*", p.name)), None)):
+        raise AevlpError(f"{root} holds {other}, which is none of the drawn scenes; for your own pictures give --dataset csv, else an empty folder")
     counts = dict(zip(("train", "test"), SIZES[size]))
     labels = [np.load(file, allow_pickle=False) for file in _groups(folder, seed, counts)]
     truth, area = (np.concatenate([group[key] for group in labels]) for key in ("truth", "area"))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .damp import damp, negatives, positives
 from .data import AevlpError, LabelledImages, nearest
-from .eyes import Eyes, bank_for, clip_of, eyes_of, open_bank, prototypes, view_settings
+from .eyes import Eyes, bank_for, clip_of, eyes_of, open_bank, prototypes, turn, view_settings
 from .losses import large_loss_mask
 from .scorers import build_scorer
 from .vlm import similarities, text_prototypes
@@ -103,14 +103,16 @@ class VlplLabeler(Labeler):
         return (probs > self.recipe.vlpl_threshold).to(torch.int8).to(batch.observed.device)
 
 class Fixed(Labeler):
-    "The labels that another labeler gives in epoch 1, for ever"
-    def __init__(self, labeler, n_images, n_classes):
-        self.labeler, self.table, self.known = labeler, torch.zeros((n_images, n_classes), dtype=torch.int8), torch.zeros(n_images, dtype=torch.bool)
+    "The labels that another labeler gives in the first epochs, in turn for ever"
+    def __init__(self, labeler, n_images, n_classes, epochs=1):
+        self.labeler, self.epochs = labeler, epochs
+        self.table, self.known = torch.zeros((epochs, n_images, n_classes), dtype=torch.int8), torch.zeros((epochs, n_images), dtype=torch.bool)
 
     def labels(self, batch, epoch):
-        rows = batch.rows.cpu()
-        if not self.known[rows].all(): self.table[rows], self.known[rows] = self.labeler.labels(batch, 1).cpu(), True
-        return self.table[rows].to(batch.observed.device)
+        rows, epoch = batch.rows.cpu(), turn(epoch, self.epochs)
+        table, known = self.table[epoch - 1], self.known[epoch - 1]
+        if not known[rows].all(): table[rows], known[rows] = self.labeler.labels(batch, epoch).cpu(), True
+        return table[rows].to(batch.observed.device)
 
     def state_dict(self): return dict(table=self.table.clone(), known=self.known.clone())
     def load_state_dict(self, state): self.table, self.known = state['table'].clone(), state['known'].clone()
@@ -138,13 +140,20 @@ def _vlpl_labeler(data, recipe, seed, device, root):
     eyes = Eyes(clip, None, 0, open_bank(data, 'train', clip, None, 0, root))
     return VlplLabeler(eyes, text_prototypes(clip, data.class_names, recipe.prompt, noise=False), recipe)
 
-def _fixed(labeler, data): return Fixed(labeler, len(data.splits['train']), len(data.class_names))
+def _fixed(labeler, data, epochs=1): return Fixed(labeler, len(data.splits['train']), len(data.class_names), epochs)
+
+def _dynamic(make):
+    "Labels that change with the views: new ones in every epoch, or those of some epochs in turn"
+    def made(data, recipe, *rest):
+        labeler = make(data, recipe, *rest)
+        return _fixed(labeler, data, recipe.view_epochs) if recipe.view_epochs else labeler
+    return made
 
 LABELERS = {  # name -> function of (data, recipe, seed, device, bank_root) that gives a `Labeler`; your own goes here too
     'none': lambda *_: Labeler(),
-    'damp': _damp_labeler,
-    'tokens': _tokens_labeler,  # DAMP on the dense tokens of one pass
-    'piaa': _piaa_labeler,
+    'damp': _dynamic(_damp_labeler),
+    'tokens': _dynamic(_tokens_labeler),  # DAMP on the dense tokens of one pass
+    'piaa': _dynamic(_piaa_labeler),
     'fixed-damp': lambda data, *rest: _fixed(_damp_labeler(data, *rest), data),  # the labels of epoch 1, kept
     'vlpl': lambda data, *rest: _fixed(_vlpl_labeler(data, *rest), data),
     'random': lambda data, recipe, seed, *_: _fixed(RandomLabeler(recipe.random_positives, seed), data),

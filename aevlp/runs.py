@@ -37,7 +37,7 @@ from fastcore.basics import patch
 from filelock import FileLock, Timeout
 
 import aevlp
-from . import benchmarks, metrics, outcome, recipes, registry
+from . import benchmarks, metrics, outcome, ready, recipes, registry
 from .data import PORTABLE, AevlpError, _checkout, nearest, write_json, write_text
 
 # %% ../nbs/15_runs.ipynb #eda3eb96
@@ -72,37 +72,43 @@ def experiment(
 
 # %% ../nbs/15_runs.ipynb #638e4a40
 def run_params(
-    dataset: str,  # a name of `benchmarks.NAMES`
+    dataset: str | None,  # a name of `benchmarks.NAMES`; None: what lies in `root`, without one the embedded benchmark
     method: str,  # a name of `aevlp methods`, or 'loss+labeler'
     seed: int = 0,  # of everything random in the run
     root=None,  # folder of the data set, where it is not in `home()`
-    csv=None,  # the labels, for `dataset='csv'`
+    csv=None,  # the labels of own pictures
     fidelity: str = "paper",  # or 'released'
-    observation=None,  # how labels are observed; default one uniform positive
+    observation=None,  # how labels are observed; default one uniform positive, of own pictures the labels as they are given
     overrides: dict | None = None,  # fields of the recipe
+    separator: str | None = None,  # of labels in a cell of `csv`; default recognised
 ) -> dict:
     "All parameters of a run, the recipe resolved; a clear error before anything starts."
-    if dataset not in benchmarks.NAMES:
+    if dataset is not None and dataset not in benchmarks.NAMES:
         raise AevlpError(f"no data set is called '{dataset}'; the nearest is '{nearest(dataset, benchmarks.NAMES)}'")
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
         raise AevlpError(f"seed={seed!r} should be a whole number from 0")
+    dataset = benchmarks.resolve(dataset, root, csv)
     root, csv = (str(Path(p).expanduser().absolute()) if p else None for p in (root, csv))
     params = dict(dataset=dataset, method=registry.get(method).name, seed=seed, root=root, csv=csv,
-                  fidelity=fidelity, observation=observation)
-    own = None if dataset in recipes.DATASETS else load_data(params)
+                  fidelity=fidelity, observation=observation) | (dict(separator=separator) if separator else {})
     for key in overrides or {}:
         if not isinstance(key, str):
             raise AevlpError(f"an override's name should be text, not {reprlib.repr(key)}")
+    own = None if dataset in recipes.DATASETS else load_data(params)
     varied = dict(view_seed=seed) if dataset == "glyphs" else {}  # its views are drawn anew per seed, as its single labels
     recipe = asdict(recipes.recipe(dataset, params["method"], fidelity, data=own, **(varied | (overrides or {}))))
-    return params | dict(overrides={k: recipe[k] for k in sorted(overrides or {})}, recipe=recipe)
+    said = dict(content=own.fingerprint, notes=list(own.extra.get("notes", ()))) if own else {}
+    return params | said | dict(overrides={k: recipe[k] for k in sorted(overrides or {})}, recipe=recipe)
+
+
+_READ = ("root", "csv", "observation", "separator")  # what `benchmarks.load` is told
 
 
 def load_data(
     params: dict,  # of a run
 ):  # `LabelledImages`
     "The data set of a run."
-    given = {k: params[k] for k in ("root", "csv", "observation") if params.get(k)}
+    given = {k: params[k] for k in _READ if params.get(k)}
     if params["dataset"] == "glyphs":  # its single labels are drawn anew per seed; seed 0 has the field's draw
         given.setdefault("observation", f"uniform, seed={1200 + params.get('seed', 0)}")
     return benchmarks.load(params["dataset"], fidelity=params["fidelity"], **given)
@@ -120,15 +126,17 @@ def run_key(
     params: dict,
 ) -> str:  # 8 hex digits
     "What a run is, wherever its pictures lie: two runs with one key give the same numbers."
-    return _digest(params, _DECIDES if params["dataset"] in recipes.DATASETS else (*_DECIDES, "root", "csv"))
+    return _digest(params, (*_DECIDES, "content") if params.get("content") else _DECIDES)
 
 
 def run_name(
     params: dict,  # of `run_params`
 ) -> str:
-    "Readable, and the same for the same parameters: `glyphs-aevlp-s0-1a2b3c4d`."
-    dataset = re.sub(r"\W+", "_", Path(params["csv"]).stem) if params.get("csv") else params["dataset"]
-    return f"{dataset}-{params['method']}-s{params['seed']}-{_digest(params, (*_DECIDES, 'root', 'csv'))}"
+    "Readable, and the same for the same parameters, of own pictures for the same labels and files: `glyphs-aevlp-s0-1a2b3c4d`."
+    own = Path(params.get("csv") or params.get("root") or "").stem if params["dataset"] in benchmarks.OWN else ""
+    dataset = re.sub(r"\W+", "_", own) or params["dataset"]
+    key = run_key(params) if params.get("content") else _digest(params, (*_DECIDES, "root", "csv"))
+    return f"{dataset}-{params['method']}-s{params['seed']}-{key}"
 
 # %% ../nbs/15_runs.ipynb #99f90097
 def _read_json(path) -> dict:
@@ -361,7 +369,7 @@ def _run(params, folder, notebook, afresh) -> dict:
     try:
         report()
         open_folder(params, folder)
-        given = {k: v for k, v in params.items() if k != "recipe"}
+        given = {k: v for k, v in params.items() if k not in ("recipe", "notes")}
         execute(notebook, given | dict(run_dir=str(folder)), folder / "train.ipynb", report, _environment(params["recipe"]))
         if not (folder / "metrics.json").is_file():
             raise AevlpError("the notebook ended without writing metrics.json")
@@ -389,6 +397,10 @@ def train(
     params = params or run_params(**kwargs)
     runs = Path(runs or runs_root())
     board = Board([params], runs)
+    if notebook == "train" and (force or status(runs / run_name(params))["state"] != "done"):
+        for note in params.get("notes", ()) if show else ():
+            board.say(f"note    {note}")
+        ready.check(params, load_data(params))
     with board.live(show):
         outcome = attempt(params, runs, notebook, force=force)
         if outcome["state"] == "busy":
@@ -659,11 +671,16 @@ def expand(
 ) -> pd.DataFrame:  # label, dataset, method, seed, run, key, params, paper
     "The runs of a sweep, each once, in the order of the file."
     spec, planned = load_spec(spec), []
+    dataset = dataset or (benchmarks.resolve(None, root, csv) if root or csv else None)
     for where in [dataset] if dataset else spec["datasets"]:
         where = {"name": where} if isinstance(where, str) else where
         _known_keys(f"sweep {spec['name']}, datasets", where, _DATASET)
         place = dict(dataset=where.get("name"), root=where.get("root") or root, csv=where.get("csv") or csv,
                      observation=where.get("observation") or spec.get("observation"), fidelity=spec.get("fidelity", "paper"))
+        if place["root"] or place["csv"]:
+            place["dataset"] = benchmarks.resolve(place["dataset"], place["root"], place["csv"])
+        elif place["dataset"] is None:
+            raise AevlpError(f"sweep {spec['name']}, datasets: one without a name")
         for row in spec.get("rows") or [{"method": m} for m in spec["methods"]]:
             name, only = place["dataset"], row.get("only") or [place["dataset"]]
             if name not in only or name in (row.get("without") or []):
@@ -911,9 +928,11 @@ def sweep(
 # %% ../nbs/15_runs.ipynb #ca18e326
 def _check_data(todo):
     "Every data set of the runs is read once: what is wrong is said before anything starts, what is missing is drawn."
-    keys = ("dataset", "root", "csv", "fidelity", "observation")
-    for given in {json.dumps([p[k] for k in keys]): p for p in todo.values()}.values():
-        load_data(given)
+    keys, loaded = ("dataset", "fidelity", *_READ), {}
+    for params in todo.values():
+        key = json.dumps([params.get(k) for k in keys])
+        loaded[key] = loaded.get(key) or load_data(params)
+        ready.check(params, loaded[key])
 
 
 def _made(board, params, todo, runs, notebook, workers, threads, scheduler, show):

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['CACHE_BYTES', 'BATCH_BYTES', 'EVALUATION_BATCH', 'CLEAN_ENOUGH', 'HISTORY', 'QUALITY', 'OPTIMIZERS',
-           'seed_everything', 'deterministic', 'save_checkpoint', 'load_checkpoint', 'Pictures', 'shard', 'gather_rows',
-           'predict', 'chosen_by', 'Training', 'tracker_named', 'class_mean', 'fuse_run', 'fit', 'load_run']
+           'SECONDS_BETWEEN', 'seed_everything', 'deterministic', 'save_checkpoint', 'load_checkpoint', 'Pictures',
+           'global_batches', 'shard', 'gather_rows', 'predict', 'chosen_by', 'Training', 'tracker_named', 'class_mean',
+           'fuse_run', 'fit', 'load_run']
 
 # %% ../nbs/13_train.ipynb #33de8b74
 import contextlib
@@ -49,11 +50,12 @@ from aevlp.data import (
     threads,
     write_json,
 )
+from .frozen import Embedded, Embeddings
 from .labelers import Batch, Labeler, build_labeler
 from .methods import build_objective
 from .methods import get as get_method
 from .metrics import MEASURES, PseudoLabelMeter, auc_observed, average_precision, headline, map_interval, single_positive
-from .models import build_model, logits_of
+from .models import FROZEN, build_model, logits_of
 from .recipes import Recipe, should_stop
 from .scorers import Scorer, beside_clip, build_scorer
 from .views import student_flips, student_inputs, student_shifts
@@ -66,7 +68,9 @@ def seed_everything(
     state = int(np.random.SeedSequence(position).generate_state(1)[0])
     random.seed(state)
     np.random.seed(state)
-    torch.manual_seed(state)
+    torch.default_generator.manual_seed(state)  # torch.manual_seed also asks every kind of device: a millisecond
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed(state)
 
 # %% ../nbs/13_train.ipynb #48924784
 @contextlib.contextmanager
@@ -217,6 +221,7 @@ class Pictures:
     def batches(
         self,
         parts: list,  # of (b,) positions in the data set, one array a batch
+        epoch: int = 0,  # for a source whose pictures change from epoch to epoch
         side: int | None = None,  # as for `decode`; kept pictures are whole
     ):  # yields (list of (3, H, W) uint8, (b,) positions)
         "The pictures of each part, in order."
@@ -233,6 +238,15 @@ class Pictures:
             yield images, part
 
 # %% ../nbs/13_train.ipynb #bb1c5c9b
+def global_batches(
+    order,  # (n,) positions of an epoch
+    batch_size: int,
+) -> list:  # of (b,) positions
+    "The batches of an epoch; a last one of a single picture, which has no variance to normalise by, joins the one before."
+    ends = list(range(batch_size, len(order), batch_size))
+    return np.split(order, ends[:-1] if ends and batch_size > 1 and len(order) - ends[-1] == 1 else ends) if len(order) else []
+
+
 def shard(
     order,  # (n,) positions of an epoch
     batch_size: int,  # of the global batch
@@ -240,7 +254,7 @@ def shard(
     ranks: int = 1,
 ) -> list:  # of (ceil(b / ranks),) positions, one array a step
     "The part of each global batch that one rank works on."
-    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    batches = global_batches(order, batch_size)
     return [np.resize(b, -(-len(b) // ranks) * ranks)[rank::ranks] for b in batches]
 
 # %% ../nbs/13_train.ipynb #14456867
@@ -271,7 +285,9 @@ EVALUATION_BATCH = 64
 
 
 def _inputs(model, images, recipe, device, flip=None, shift=None):
-    "Pictures as the classifier wants them: squashed, normalised, on the device."
+    "Pictures as the classifier wants them: squashed, normalised, on the device; or their embeddings."
+    if isinstance(images, Embedded):
+        return images.embeddings.to(device)
     x = student_inputs(images, recipe.image_size, model.mean, model.std, device, flip, shift)
     return x.contiguous(memory_format=torch.channels_last) if recipe.channels_last else x
 
@@ -288,6 +304,13 @@ def _processes(recipe, device):
     return min(4, os.cpu_count() or 1) if torch.device(device).type == "cuda" else 0
 
 
+def _source(data, recipe, device, bank=None, **pictures):
+    "What a classifier sees of a data set: pictures, or embeddings where its backbone is frozen."
+    if recipe.backbone == FROZEN:
+        return Embeddings(data, recipe, device, bank)
+    return Pictures(data, _processes(recipe, device), **pictures)
+
+
 @torch.no_grad()
 def predict(
     model,  # a classifier of `models`, on `device`
@@ -295,14 +318,14 @@ def predict(
     ids,  # (n,) positions in `data`
     recipe: Recipe,  # image size, precision, decoding processes
     device="cpu",
-    pictures: Pictures | None = None,  # those of an earlier call, to decode nothing twice
+    pictures=None,  # the source of an earlier call, to decode nothing twice
 ) -> torch.Tensor:  # (n, C) float32 in [0, 1], on the device
     "Probabilities of the pictures `ids`, in their order."
-    pictures = pictures or Pictures(data, _processes(recipe, device), limit=0)
+    pictures = pictures or _source(data, recipe, device, bank=False, limit=0)
     side = None if isinstance(model, Scorer) else 2 * recipe.image_size  # its patches need every pixel
     training, out = model.training, [torch.empty(0, len(data.class_names), device=device)]
     model.eval()
-    for images, _ in pictures.batches(pictures.parts(ids, EVALUATION_BATCH, side), side):
+    for images, _ in pictures.batches(pictures.parts(ids, EVALUATION_BATCH, side), side=side):
         if isinstance(model, Scorer):
             out.append(model.scores(images))
             continue
@@ -405,8 +428,11 @@ OPTIMIZERS = {
 def build(self: Training):
     "Classifier, objective, labeler, optimizer and meter at their start."
     data, recipe, train, n_classes = self.data, self.recipe, self.ids["train"], len(self.data.class_names)
+    self.pictures = _source(data, recipe, self.device, self.bank_root, pin_memory=self.device.type == "cuda")
     seed_everything(self.seed)
-    self.net = build_model(recipe, n_classes, self.method.head).to(self.device)
+    self.net = build_model(recipe, n_classes, self.method.head, getattr(self.pictures, "width", None)).to(self.device)
+    if recipe.backbone == FROZEN:
+        self.net.backbone.mean, self.net.backbone.std = self.pictures.moments()
     truth = None if data.truth is None else torch.from_numpy(data.truth[train])
     self.observed = torch.from_numpy(data.observed[train]).to(self.device)
     self.objective = build_objective(
@@ -415,15 +441,15 @@ def build(self: Training):
     self.labeler = build_labeler(self.method.labeler, data, recipe, self.seed, self.device, bank_root=self.bank_root)
     groups = self.net.param_groups(recipe.lr, recipe.head_lr, recipe.weight_decay)
     optimizer = OPTIMIZERS[recipe.optimizer](groups + self.objective.param_groups(recipe.lr))
-    self.model, self.optimizer = self.accelerator.prepare(self.net, optimizer)
+    self.model, prepared = self.accelerator.prepare(self.net, optimizer)
+    self.optimizer = optimizer if self.accelerator.scaler is None else prepared  # the wrapper costs half a millisecond a step
     self.averaged = ModelEmaV3(self.net, decay=recipe.ema, use_warmup=True) if recipe.ema else None
     self.judged = self.averaged.module if recipe.ema else self.net
     self.meter, self.labelled = PseudoLabelMeter(truth, self.observed.cpu()), type(self.labeler) is not Labeler
-    self.pictures = Pictures(data, _processes(recipe, self.device), pin_memory=self.device.type == "cuda")
     self.row_of = np.full(len(data), -1)
     self.row_of[train] = np.arange(len(train))
     self.recent, self.window = [], 1 if self.device.type == "cpu" else 16
-    self.saved_at = time.monotonic()
+    self.saved_at, self.best, self.taken = time.monotonic(), None, None  # the best weights and labels not yet written
 
 # %% ../nbs/13_train.ipynb #4196198d
 @patch
@@ -448,9 +474,9 @@ def step(self: Training, ids, local, images):
     "One update on the global batch `ids`."
     at, rank = self.at, self.accelerator.process_index
     seed_everything(self.seed, at["epoch"], at["step"], rank)
-    flip = student_flips(torch.from_numpy(local), self.seed, at["epoch"])
-    largest = self.recipe.shift
-    shift = student_shifts(torch.from_numpy(local), largest, self.seed, at["epoch"]) if largest else None
+    pixels, largest = not isinstance(images, Embedded), self.recipe.shift
+    flip = student_flips(torch.from_numpy(local), self.seed, at["epoch"]) if pixels else None
+    shift = student_shifts(torch.from_numpy(local), largest, self.seed, at["epoch"]) if pixels and largest else None
     output = self.model(_inputs(self.net, images, self.recipe, self.device, flip, shift))
     output = _each(lambda rows: gather_rows(self.accelerator, rows, len(ids)), output)
     batch, pseudo = self.labels(ids, local, images, logits_of(output).detach())
@@ -494,18 +520,22 @@ def keep_evidence(self: Training, step, ids, loss, logits, pseudo):
         batch = {"ids": torch.from_numpy(ids), "logits": logits.float(), "pseudo": pseudo, "observed": self.observed[self.row_of[ids]]}
         with replacing(folder / "batch.safetensors") as file:
             file.write(tensor_bytes({k: v.cpu().contiguous() for k, v in batch.items()}))
-        self.save_weights(folder / "weights.safetensors")
+        _write(folder / "weights.safetensors", self.weights())
         paths = [str(self.data.paths[i]) for i in ids]
         write_json(folder / "batch.json", {"epoch": self.at["epoch"], "step": step, "loss": str(loss), "images": paths})
     return folder
 
 # %% ../nbs/13_train.ipynb #66700189
 @patch
-def save_weights(self: Training, path):
+def weights(self: Training) -> bytes:
     "The classifier's weights, with the settings of the run in the header."
     weights = {k: v.detach().cpu().contiguous() for k, v in self.judged.state_dict().items()}
+    return tensor_bytes(weights, {"run": json.dumps(self.settings | {"epoch": self.at["epoch"]})})
+
+
+def _write(path, content):
     with replacing(path) as file:
-        file.write(tensor_bytes(weights, {"run": json.dumps(self.settings | {"epoch": self.at["epoch"]})}))
+        file.write(content)
 
 
 @patch
@@ -519,10 +549,13 @@ def _parts(self: Training):
 
 @patch
 def checkpoint(self: Training):
-    "Write where the run is and all states."
+    "Write where the run is, the best weights and all states."
     self.check()
     self.saved_at = time.monotonic()
     if self.main:
+        if self.best is not None:
+            _write(self.run_dir / "best.safetensors", self.best)
+            self.best = None
         state = {"at": self.at, "settings": self.settings} | {k: v.state_dict() for k, v in self._parts().items()}
         best = self.run_dir / "best.safetensors" if self.at["best_epoch"] else None
         save_checkpoint(self.run_dir / "last", f"epoch-{self.at['epoch']:04d}-step-{self.at['step']:08d}", state, best)
@@ -560,15 +593,16 @@ def resume(self: Training):
 @patch
 def train_epoch(self: Training, tick=lambda: None):
     "The steps of an epoch that are still to do."
-    at, size = self.at, self.recipe.batch_size
+    at = self.at
     if at["step"] == 0:
         self.objective.start_epoch(at["epoch"], self.recipe.epochs)
     order = epoch_order(self.ids["train"], self.seed, at["epoch"])
+    size, whole = self.recipe.batch_size, global_batches(order, self.recipe.batch_size)
     parts = shard(order, size, self.accelerator.process_index, self.accelerator.num_processes)[at["step"] :]
     self.model.train()
     before = time.monotonic()
-    for images, local in self.pictures.batches(parts):
-        self.step(order[at["step"] * size :][:size], local, images)
+    for images, local in self.pictures.batches(parts, at["epoch"]):
+        self.step(whole[at["step"]], local, images)
         now = time.monotonic()
         at["epoch_seconds"] += now - before
         before = now
@@ -619,6 +653,9 @@ def class_mean(
     return float(values[~values.isnan()].mean()) if (~values.isnan()).any() else None
 
 # %% ../nbs/13_train.ipynb #8c15195e
+SECONDS_BETWEEN = 5.0  # epochs of a frozen backbone that are written
+
+
 @patch
 def end_epoch(self: Training):
     "Objective's update, validation, best weights, history, checkpoint."
@@ -632,11 +669,8 @@ def end_epoch(self: Training):
     quality = self.meter.end_epoch()
     if score is None or score > at["best_score"]:
         at["best_epoch"], at["best_score"] = epoch, -1.0 if score is None else score
-        if self.main:
-            self.save_weights(self.run_dir / "best.safetensors")
-    if self.labelled and self.main:
-        with replacing(self.run_dir / "pseudo" / f"epoch_{epoch:02d}.npz") as file:
-            np.savez_compressed(file, pseudo=np.asarray(pseudo, np.int8))
+        self.best = self.weights() if self.main else None
+        self.taken = pseudo
     at["epoch_seconds"] += time.monotonic() - start
     row = {"epoch": epoch, "loss": at["loss"] / n, "lr": self.recipe.lr} | {f"val_{k}": v for k, v in val.items()}
     row |= {k: _number(quality[k]) if self.labelled else None for k in QUALITY}
@@ -645,14 +679,40 @@ def end_epoch(self: Training):
     scores = [r[f"val_{self.select_by}"] for r in at["history"]] if self.select_by else []
     at["stopped"] = score is not None and should_stop(self.recipe.early_stop, scores)
     at |= {"epoch": epoch + 1, "step": 0, "loss": 0.0, "seconds": at["seconds"] + at["epoch_seconds"], "epoch_seconds": 0.0}
-    self.write_history()
-    self.checkpoint()
+    if self.due():
+        self.write_labels(epoch, pseudo)
+        self.write_history()
+        self.checkpoint()
     return row
 
 # %% ../nbs/13_train.ipynb #a0162cb8
 def _number(value):
     "A float, None where there is none, as the precision of labels whose truth is unknown."
     return float(value) if math.isfinite(value) else None
+
+
+@patch
+def due(self: Training):
+    "Whether an epoch that has ended is to be written; those of a frozen backbone take milliseconds, and are written now and then."
+    if self.recipe.backbone != FROZEN or self.at["stopped"] or self.at["epoch"] > self.recipe.epochs:
+        return True
+    return time.monotonic() - self.saved_at >= min(SECONDS_BETWEEN, 60 * self.checkpoint_minutes)
+
+
+@patch
+def write_labels(self: Training, epoch, pseudo):
+    "The pseudo-labels of an epoch; of a run on a frozen backbone only those of its best epoch so far."
+    if not (self.labelled and self.main):
+        return
+    folder = self.run_dir / "pseudo"
+    if self.recipe.backbone == FROZEN:
+        if self.taken is None:
+            return
+        epoch, pseudo, self.taken = self.at["best_epoch"], self.taken, None
+        for earlier in folder.glob("*.npz"):
+            earlier.unlink()
+    with replacing(folder / f"epoch_{epoch:02d}.npz") as file:
+        np.savez_compressed(file, pseudo=np.asarray(pseudo, np.int8))
 
 
 @patch
@@ -831,7 +891,7 @@ def track(self: Training, row):
 @patch
 def bar(self: Training, shown):
     "A progress bar over the steps of all epochs that are left."
-    steps = -(-len(self.ids["train"]) // self.recipe.batch_size)
+    steps = len(global_batches(self.ids["train"], self.recipe.batch_size))
     left = steps * (self.recipe.epochs + 1 - self.at["epoch"]) - self.at["step"]
     desc = f"{self.method.name} on {self.data.name}"
     return progress(None, desc, total=left) if shown and self.main else contextlib.nullcontext()
@@ -894,6 +954,8 @@ def load_run(
     names, scorer = tuple(settings["class_names"]), get_method(settings["method"]).scorer
     if scorer:
         return build_scorer(scorer, names, settings["recipe"], device).load(load_file(path)), settings, names
-    model = build_model(replace(settings["recipe"], backbone_weights="none"), len(names), get_method(settings["method"]).head)
-    model.load_state_dict(load_file(path))
+    weights = load_file(path)
+    width = len(weights["backbone.mean"]) if settings["recipe"].backbone == FROZEN else None
+    model = build_model(replace(settings["recipe"], backbone_weights="none"), len(names), get_method(settings["method"]).head, width)
+    model.load_state_dict(weights)
     return model.to(device).eval(), settings, names
