@@ -70,6 +70,9 @@ def figures_root() -> Path:
     return (_checkout() or Path.cwd()) / "figures"
 
 
+_OTHERS = {"backbone", "ema", "shift"}  # with these set, a row is not the paper's
+
+
 def rows(
     spec,  # dict, YAML file, or the name of a shipped sweep as 'table1'
     dataset: str,
@@ -82,8 +85,8 @@ def rows(
     "The runs of a sweep on one data set, finished ones with their numbers."
     from aevlp import registry
     plan = runs.expand(spec, dataset, root, csv, seeds, overrides)
-    paper = [registry.get(m).reference.get(dataset) if pd.isna(p) else p
-             for m, p in zip(plan.method, plan.paper.astype(object), strict=True)]
+    paper = [registry.get(m).reference.get(dataset) if pd.isna(p) and not _OTHERS & set(given["overrides"]) else p
+             for m, p, given in zip(plan.method, plan.paper.astype(object), plan.params, strict=True)]
     found = runs.frame(folder)
     found = found[found.state == "done"].drop_duplicates("key", keep="last")
     kept = plan.assign(paper=paper, wanted=plan.run).drop(columns=["params", "run", "method", "seed", "dataset"]).assign(
@@ -381,7 +384,11 @@ def prices(
     own = {label: m.scorer or ("clip-views" if r.backbone == "frozen" else "classifier") for label, (m, r) in given.items()}
     beside = {r.with_clip for m, r in given.values() if r.with_clip and not m.scorer}
     recipe = next(r for m, r in given.values() if not m.scorer and r.backbone != "frozen")
-    took = milliseconds(runs.load_data(plan.params.iloc[0]), recipe, {*own.values(), *beside})
+    try:
+        took = milliseconds(runs.load_data(plan.params.iloc[0]), recipe, {*own.values(), *beside})
+    except AevlpError as e:  # no pictures or no weights here: the rest of the table stands
+        print(f"Times of predictions are not measured: {e}")
+        took = dict.fromkeys({*own.values(), *beside}, float("nan"))
     lines = []
     for label, (method, made) in given.items():
         kind = "no training" if method.scorer else "head" if made.backbone == "frozen" else "classifier"

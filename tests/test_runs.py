@@ -215,6 +215,25 @@ def test_the_paper_s_numbers_stand_beside_ours(tmp_path):
     assert results.beside_paper(voc, {}).loc["AEVLP", "paper"] == 90.46
 
 
+@pytest.mark.parametrize(
+    "method, changes, expected",
+    [
+        ("aevlp", {}, 24 * 5),  # the whole picture and 2 x 2 patches, anew in every epoch
+        ("aevlp", {"grid": 3, "epochs": 2}, 2 * 10),
+        ("gpr+tokens", {}, 24),
+        ("vlpl", {}, 1),
+        ("full", {}, 0),
+        ("clip-tokens", {}, 0),
+        ("clip-piaa", {}, 1),
+        ("an", {"backbone": "frozen", "view_epochs": 4}, 4 * 5),
+    ],
+)
+def test_passes_of_clip_are_counted_by_hand(method, changes, expected):
+    from aevlp import registry
+
+    assert results.passes(registry.get(method), recipes.recipe("glyphs", method, **changes)) == expected
+
+
 def test_runs_of_different_kernels_are_not_mixed_without_a_word(tmp_path):
     for seed, kernels in enumerate(("portable", "native AVX512")):
         run = finished(tmp_path, 60.0, method="an", seed=seed)
