@@ -1036,6 +1036,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'aevlp.train.Training.known': ('train.html#training.known', 'aevlp/train.py'),
                              'aevlp.train.Training.labels': ('train.html#training.labels', 'aevlp/train.py'),
                              'aevlp.train.Training.measured': ('train.html#training.measured', 'aevlp/train.py'),
+                             'aevlp.train.Training.order': ('train.html#training.order', 'aevlp/train.py'),
                              'aevlp.train.Training.prepare_folder': ('train.html#training.prepare_folder', 'aevlp/train.py'),
                              'aevlp.train.Training.probabilities': ('train.html#training.probabilities', 'aevlp/train.py'),
                              'aevlp.train.Training.resume': ('train.html#training.resume', 'aevlp/train.py'),

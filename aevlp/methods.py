@@ -101,7 +101,8 @@ class Gr(Objective):
     "GR loss (Eq. 1)"
     def start_epoch(self, epoch, epochs):
         super().start_epoch(epoch, epochs)
-        self.now = losses.gr_schedule(epoch, epochs, **{k: getattr(self.recipe, k) for k in _SCHEDULE})
+        start = {k: getattr(self.recipe, k) for k in _SCHEDULE}
+        self.now = losses.gr_schedule(epoch, epochs, linear_init=self.recipe.linear_init, **start)
 
     def loss(self, output, batch, pseudo):
         return losses.gr(logits_of(output), merged(batch.observed, pseudo), q1=self.recipe.q1, q2=self.recipe.q2,

@@ -33,6 +33,8 @@ class _Training:
     optimizer: str         # 'adam', 'adamax' or 'sgd' (momentum 0.9)
     weight_decay: float    # of the optimizer
     shift: float           # largest shift of a training picture, share of its sides; mirrored at the edges; 0: none
+    linear_init: int       # first epochs that train the head alone
+    drop_last: bool        # leave out a last batch that is smaller than the others
     ema: float             # decay of the weights' moving average that is judged and kept; 0: the weights as they are
     select_by: str         # the best epoch by 'map', by 'auc_observed', or 'auto': mAP where enough labels are known
     early_stop: str        # 'none', 'aevlp', 'gr', 'em' or 'll': see `should_stop`
@@ -179,6 +181,8 @@ TRAINING = (
     _s('weight_decay', 'paper 6.1: none', 0.0),
     _s('shift', 'paper 6.1: flips only', 0.0),
     _s('shift', _STEADY, 1 / 16, methods=('aevlp-augmented',)),
+    _s('linear_init', 'GR code and Cole et al. 2021 code: none unless asked', 0),
+    _s('drop_last', _OURS + ': every picture counts; Cole et al. 2021 and MIME code leave it out', False),
     _s('ema', 'paper 6.1: none', 0.0),
     _s('ema', _STEADY, 0.998, methods=('aevlp-augmented',)),
     _s('select_by', 'paper 6.1: validation mAP on clean labels; ' + _OURS + ' where they are unknown', 'auto'),
@@ -358,6 +362,10 @@ OWN = (
     _r('early_stop', 'LL code', 'll', methods=_LLS),
     _r('epsilon', 'LL, BoostLU code: BCE with logits', 0.0, methods=_LLS + ('boostlu-ll-r',)),
     _r('prompt', 'AEVLP code: a full stop at the end', 'a photo of a {}.', methods=('+damp', '+fixed-damp')),
+    _r('epochs', 'MIME code, where an image version of SMILE is', 10, methods=('smile',)),
+    _r('epsilon', 'MIME code, where an image version of SMILE is', 1e-5, methods=('smile',)),
+    _r('early_stop', 'MIME code, where an image version of SMILE is', 'none', methods=('smile',)),
+    _r('drop_last', 'Cole et al. 2021 code, MIME code', True, methods=('role', 'an-ls', 'wan', 'epr', 'mime')),
     _r('epochs', 'GR code', 8, methods=('gr',)),
     _r('batch_size', 'GR code', 8, methods=('gr',)),
     _r('early_stop', 'GR code', 'gr', methods=('gr',)),
@@ -393,7 +401,7 @@ _CHOICES = dict(select_by=('map', 'auc_observed', 'auto'), optimizer=('adam', 'a
                 v4=('clip', 'constant'), regulariser_over=('set', 'batch'), negative_rule=('percentile', 'floor'), negatives_as=(-1, 0),
                 augment=('weak', 'flip', 'none'), clip_norm=('clip', 'imagenet'), token_rule=('sclip', 'maskclip', 'plain'),
                 with_clip=('', 'clip', 'clip-views', 'clip-damp', 'clip-tokens', 'clip-piaa'))
-_AT_LEAST = dict(frozen_hidden=0, view_epochs=0, epochs=1, batch_size=1, image_size=1, grid=1, top_k=0, workers=-1, threads=0, overlap=0, eta=0, noise_layers=1, mime_samples=1,
+_AT_LEAST = dict(frozen_hidden=0, view_epochs=0, epochs=1, batch_size=1, image_size=1, grid=1, top_k=0, workers=-1, threads=0, linear_init=0, overlap=0, eta=0, noise_layers=1, mime_samples=1,
                  random_positives=0, lr=0, head_lr=0, ll_delta=0, neighbours=0, expected_positives=0,
                  token_size=0, token_grid=0, piaa_tokens=1)
 _ABOVE_0 = ('temperature', 'vlpl_temperature', 'token_temperature', 'piaa_sharpness', 'piaa_temperature', 'piaa_global', 'piaa_local', 'q1', 'q2', 'sigma0', 'sigmaT')

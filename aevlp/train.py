@@ -441,6 +441,7 @@ def build(self: Training):
     self.labeler = build_labeler(self.method.labeler, data, recipe, self.seed, self.device, bank_root=self.bank_root)
     groups = self.net.param_groups(recipe.lr, recipe.head_lr, recipe.weight_decay)
     optimizer = OPTIMIZERS[recipe.optimizer](groups + self.objective.param_groups(recipe.lr))
+    self.backbone_weights = [w for w in self.net.backbone.parameters() if w.requires_grad]
     self.model, prepared = self.accelerator.prepare(self.net, optimizer)
     self.optimizer = optimizer if self.accelerator.scaler is None else prepared  # the wrapper costs half a millisecond a step
     self.averaged = ModelEmaV3(self.net, decay=recipe.ema, use_warmup=True) if recipe.ema else None
@@ -591,13 +592,22 @@ def resume(self: Training):
 
 # %% ../nbs/13_train.ipynb #6086222a
 @patch
+def order(self: Training):  # -> (n,) positions
+    "The pictures of the epoch as they are visited."
+    order, size = epoch_order(self.ids["train"], self.seed, self.at["epoch"]), self.recipe.batch_size
+    return order[: len(order) // size * size] if self.recipe.drop_last and len(order) > size else order
+
+
+@patch
 def train_epoch(self: Training, tick=lambda: None):
     "The steps of an epoch that are still to do."
     at = self.at
     if at["step"] == 0:
         self.objective.start_epoch(at["epoch"], self.recipe.epochs)
-    order = epoch_order(self.ids["train"], self.seed, at["epoch"])
-    size, whole = self.recipe.batch_size, global_batches(order, self.recipe.batch_size)
+    order, size = self.order(), self.recipe.batch_size
+    whole = global_batches(order, size)
+    for weight in self.backbone_weights:
+        weight.requires_grad_(at["epoch"] > self.recipe.linear_init)
     parts = shard(order, size, self.accelerator.process_index, self.accelerator.num_processes)[at["step"] :]
     self.model.train()
     before = time.monotonic()
@@ -660,7 +670,7 @@ SECONDS_BETWEEN = 5.0  # epochs of a frozen backbone that are written
 def end_epoch(self: Training):
     "Objective's update, validation, best weights, history, checkpoint."
     at, start = self.at, time.monotonic()
-    epoch, n = at["epoch"], len(self.ids["train"])
+    epoch, n = at["epoch"], len(self.order())
     speed = n / max(at["epoch_seconds"], 1e-9)
     self.objective.end_epoch(epoch, lambda: self.probabilities("train"))
     val = dict(zip(("map", "auc_observed"), map(class_mean, self.score("val", self.probabilities("val"))), strict=True))
@@ -891,7 +901,7 @@ def track(self: Training, row):
 @patch
 def bar(self: Training, shown):
     "A progress bar over the steps of all epochs that are left."
-    steps = len(global_batches(self.ids["train"], self.recipe.batch_size))
+    steps = len(global_batches(self.order(), self.recipe.batch_size))
     left = steps * (self.recipe.epochs + 1 - self.at["epoch"]) - self.at["step"]
     desc = f"{self.method.name} on {self.data.name}"
     return progress(None, desc, total=left) if shown and self.main else contextlib.nullcontext()

@@ -467,3 +467,22 @@ def test_averaged_weights_are_those_of_a_plain_loop(tmp_path, monkeypatch):
     assert run["best_epoch"] == 1 and not torch.allclose(kept["head.weight"], seen[-1]["head.weight"])
     for name, value in expected.items():
         torch.testing.assert_close(kept[name], value, rtol=1e-5, atol=1e-6)
+
+
+def test_the_head_alone_learns_first_and_a_short_batch_is_left_out(data, tmp_path, monkeypatch):
+    whole, kept = train.Training.train_epoch, []
+
+    def watched(self, *args):
+        kept.append({k: v.clone() for k, v in self.net.named_parameters()})
+        whole(self, *args)
+        kept.append({k: v.clone() for k, v in self.net.named_parameters()})
+        kept.append(self.at["step"])
+
+    monkeypatch.setattr(train.Training, "train_epoch", watched)
+    tiny.train(tmp_path / "run", "an", data, {"linear_init": 1, "epochs": 2, "batch_size": 7, "drop_last": True})
+    before, after, steps, _, later, _ = kept
+    assert steps == len(data.splits["train"]) // 7 < len(data.splits["train"]) / 7
+    for name in before:
+        moved = not torch.equal(before[name], after[name])
+        assert moved == name.startswith("head"), name
+    assert any(not torch.equal(after[n], later[n]) for n in after if n.startswith("backbone"))
