@@ -354,6 +354,8 @@ class _Table:
         self.problems = [(line, f"{len(cells)} cells, but the first line has {len(header)}")
                          for line, cells in rows if len(cells) != len(header)]  # fmt: skip
         self.rows = [r for r in rows if len(r[1]) == len(header)]
+        if any(is_picture(n) for n in self.names):
+            raise self.wrong(f"{self.names[:5]} are no names of columns; the first line must name the columns, as image,label")
         self.ignored = self._row_numbers()
         self.image, self.label, self.split = self._image(), None, None
         self.label = self._label()
@@ -476,9 +478,9 @@ def _positives(table, at, n, classes, separator) -> tuple:  # class names, (n, C
                 table.problems.append((line, f"unknown label {name!r}; {near}"))
             elif wrong := wrong_name(name):
                 table.problems.append((line, wrong))
-            elif observed[i, column[name]] == -value != 0 and i >= 0:
+            elif i >= 0 and observed[i, column[name]] == -value:
                 table.problems.append((line, f"{name!r} is said to be there and not to be there"))
-            else:
+            elif i >= 0:
                 observed[i, column[name]] = value
     truth = None if (observed >= 0).all() else np.select([observed == 1, observed == -1], [1, 0], -1).astype(np.int8)
     return known, observed, truth
@@ -719,12 +721,17 @@ class _Coco:
         _report(path, self.problems)
 
 # %% ../nbs/03b_own.ipynb #c429f3b5
+def _whole(one):
+    "7 for 7.0, as some tools write ids."
+    return int(one) if isinstance(one, float) and one.is_integer() else one
+
+
 @patch
 def _by_id(self: _Coco, what, entries, field, kind) -> dict:
     "{id as text: field}."
     found = {}
     for n, entry in enumerate(entries):
-        one = entry.get("id") if isinstance(entry, dict) else None
+        one = _whole(entry.get("id")) if isinstance(entry, dict) else None
         value = entry.get(field) if isinstance(entry, dict) else None
         if not isinstance(one, (int, str)) or not isinstance(value, str) or not value.strip():
             self.problems.append(f"{what}[{n}]: id {one!r} and {field} {value!r}, where an id and a text are needed")
@@ -741,8 +748,7 @@ def _annotation(self: _Coco, n, entry) -> tuple:  # image id, category id, squar
         return None, None, None
     ids = []
     for key, known in (("image_id", self.files), ("category_id", self.names)):
-        value = entry.get(key)
-        value = int(value) if isinstance(value, float) and value.is_integer() else value
+        value = _whole(entry.get(key))
         if value is None or str(value) not in known:
             self.problems.append(f"annotations[{n}]: {key} {value!r} is no id of {'images' if key == 'image_id' else 'categories'}")
             return None, None, None
