@@ -95,9 +95,11 @@ def run_params(
         if not isinstance(key, str):
             raise AevlpError(f"an override's name should be text, not {reprlib.repr(key)}")
     own = None if dataset in recipes.DATASETS else load_data(params)
+    start, why = ready.start(own, params["method"], overrides or {}) if own and fidelity == "paper" else ({}, [])
+    overrides = start | (overrides or {})
     varied = dict(view_seed=seed) if dataset == "glyphs" else {}  # its views are drawn anew per seed, as its single labels
     recipe = asdict(recipes.recipe(dataset, params["method"], fidelity, data=own, **(varied | (overrides or {}))))
-    said = dict(content=own.fingerprint, notes=list(own.extra.get("notes", ()))) if own else {}
+    said = dict(content=own.fingerprint, notes=[*own.extra.get("notes", ()), *why]) if own else {}
     return params | said | dict(overrides={k: recipe[k] for k in sorted(overrides or {})}, recipe=recipe)
 
 

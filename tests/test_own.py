@@ -336,6 +336,27 @@ def test_what_would_end_a_run_is_said_before_it(pics, monkeypatch, tmp_path):
     ready.network.cache_clear()
 
 
+def test_own_pictures_start_with_a_head_where_that_is_all_the_machine_can_do(pics, monkeypatch):
+    read(pics, rows("abababab"))
+
+    def chosen(gpu, **overrides):
+        monkeypatch.setattr(ready, "gpu", lambda: gpu)
+        params = runs.run_params(None, "aevlp", csv=pics.parent / "labels.csv", root=pics, overrides=overrides)
+        return params["recipe"], params["notes"][-1:]
+
+    recipe, notes = chosen(False)
+    assert (recipe["backbone"], recipe["grid"], recipe["view_epochs"]) == ("frozen", 2, 1) and "no GPU" in notes[0]
+    recipe, notes = chosen(True, epochs=7)
+    assert (recipe["backbone"], recipe["grid"], recipe["epochs"]) == (
+        "frozen",
+        4,
+        7,
+    ) and "4 training pictures" in notes[0]
+    assert chosen(False, backbone="resnet50")[0]["backbone"] == "resnet50" and chosen(False, lr=1e-3)[1] == []
+    monkeypatch.setattr(ready, "MANY", 4)
+    assert chosen(True)[0]["backbone"].startswith("resnet50")
+
+
 def test_a_key_follows_labels_and_pictures_and_not_their_place(pics):
     def name(folder=pics, **kw):
         return runs.run_name(runs.run_params(None, "an", root=folder, csv=folder.parent / "labels.csv", **kw))
