@@ -6,8 +6,8 @@
 __all__ = ['app', 'data_app', 'bank_app', 'Dataset', 'Root', 'Csv', 'Separator', 'Seeds', 'Set', 'Json', 'Fidelity', 'Workers',
            'Run', 'Tracker', 'Reviewed', 'Port', 'Browser', 'AnyData', 'AnyRoot', 'On', 'Review', 'Out', 'Split',
            'Order', 'demo', 'train', 'sweep', 'results', 'report', 'compare', 'figure', 'methods', 'recipe',
-           'data_check', 'data_fetch', 'bank_ls', 'bank_verify', 'bank_rm', 'predict', 'export', 'card', 'lab', 'voila',
-           'main']
+           'data_check', 'data_fetch', 'bank_ls', 'bank_import', 'bank_verify', 'bank_rm', 'predict', 'export', 'card',
+           'lab', 'voila', 'main']
 
 # %% ../nbs/17_cli.ipynb #ac8d8126
 import json
@@ -247,6 +247,19 @@ def bank_ls(as_json: Json = False):
     "Banks with their size and what they are of."
     from aevlp import bank
     _show(bank.banks(), as_json, index=False)
+
+
+@bank_app.command("import", epilog=_example("bank import features.npy --dataset voc --root DIR",
+                                            "bank import features.npy --ids names.txt --dataset voc --root DIR"))
+def bank_import(features: Annotated[Path, typer.Argument(help=".npy, or .safetensors with features and ids.")],
+                dataset: Dataset = "glyphs", root: Root = None, csv: Csv = None,
+                ids: Annotated[Optional[Path], typer.Option(help="Which picture a row is of: .npy, or text with one a line.")] = None):
+    "Features computed elsewhere, for `train --set backbone=frozen --set features=NAME`."
+    from aevlp import frozen, runs
+    data = runs.load_data(runs.run_params(dataset, "an", root=root, csv=csv))
+    bank = frozen.import_features(features, data, ids)
+    n, views, width = bank.shape
+    typer.echo(f"{bank.folder.name}: {n:,} pictures, {views} x {width} numbers; --set backbone=frozen --set features={bank.folder.name}")
 
 
 @bank_app.command("verify", epilog=_example("bank verify NAME"))
