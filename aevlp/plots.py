@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['BLACK', 'ORANGE', 'SKY', 'GREEN', 'YELLOW', 'BLUE', 'VERMILLION', 'PURPLE', 'CYCLE', 'MARKERS', 'style', 'Picture',
            'canvas', 'png', 'save', 'probability_histograms', 'half_interval', 'delta_neg_curves', 'pseudo_quality',
-           'learning_curves', 'patches_over_image', 'similarity_heatmap', 'scores_bar', 'front', 'cost_front']
+           'learning_curves', 'patches_over_image', 'similarity_heatmap', 'scores_bar', 'front', 'cost_front',
+           'selection_prices']
 
 # %% ../nbs/14_plots.ipynb #53cd1d25
 from contextlib import contextmanager
@@ -327,4 +328,27 @@ def cost_front(
         for ax, (cost, title) in zip(axes[0], costs.items()): _cost_panel(ax, table, cost, title)
         axes[0, 0].set_ylabel('test mAP (%)')
         fig.legend(*axes[0, 0].get_legend_handles_labels(), loc='outside lower center', ncols=4)
+    return fig
+
+# %% ../nbs/14_plots.ipynb #a660a5f3
+def selection_prices(
+    frame, # one row a choice: `scope` ('epoch', 'method'), `rule`, `observation`, `seed`, `regret` in points of mAP
+) -> Figure: # an epoch panel and a method panel
+    "Mean regret of every rule of selection, a marker for each way in which labels are observed, with 95 % intervals over seeds."
+    titles = {'epoch': 'the epoch of a run', 'method': 'the method and its epoch'}
+    with style():
+        fig, axes = canvas(1, 2, (11.0, 4.6))
+        for ax, (scope, title) in zip(axes, titles.items()):
+            part = frame[frame['scope'] == scope]
+            rules, ways = list(dict.fromkeys(part['rule'])), list(dict.fromkeys(part['observation']))
+            for i, way in enumerate(ways):
+                seeds = part[part['observation'] == way].groupby(['rule', 'seed'])['regret'].mean().unstack().reindex(rules)
+                n = seeds.notna().sum(1).clip(lower=2)
+                half = (stats.t.ppf(0.975, n - 1) * seeds.std(axis=1, ddof=1) / np.sqrt(n)).fillna(0)
+                ax.errorbar(seeds.mean(axis=1), np.arange(len(rules)) + 0.2 * (i - (len(ways) - 1) / 2), xerr=half, fmt=MARKERS[i % 7],
+                            color=CYCLE[i % 7], capsize=2, elinewidth=1.2, linestyle='none', label=f'observed by {way}')
+            ax.set_yticks(range(len(rules)), rules)
+            ax.invert_yaxis()
+            ax.set(title=title, xlabel='lost test mAP (points)', xlim=(0, None))
+        fig.legend(*axes[0].get_legend_handles_labels(), loc='outside lower center', ncols=4)
     return fig
