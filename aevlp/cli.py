@@ -185,7 +185,7 @@ def compare(names: Annotated[list[str], typer.Argument(metavar="RUN RUN …", he
 
 
 @app.command(epilog=_example("figure figure2", "figure table1 --dataset voc --root DIR"))
-def figure(name: Annotated[str, typer.Argument(help="figure2, figure3, damp_quality, table1 … table6.")],
+def figure(name: Annotated[str, typer.Argument(help="figure2, figure3, damp_quality, selection, table1 … table6.")],
            dataset: Dataset = None, root: Root = None, csv: Csv = None, seeds: Seeds = None):
     "Make a figure or a table from the runs that are there."
     from aevlp import benchmarks, results

@@ -343,7 +343,7 @@ def selection_prices(
             rules, ways = list(dict.fromkeys(part['rule'])), list(dict.fromkeys(part['observation']))
             for i, way in enumerate(ways):
                 seeds = part[part['observation'] == way].groupby(['rule', 'seed'])['regret'].mean().unstack().reindex(rules)
-                n = seeds.notna().sum(1).clip(lower=2)
+                n = seeds.notna().sum(axis=1).clip(lower=2)
                 half = (stats.t.ppf(0.975, n - 1) * seeds.std(axis=1, ddof=1) / np.sqrt(n)).fillna(0)
                 ax.errorbar(seeds.mean(axis=1), np.arange(len(rules)) + 0.2 * (i - (len(ways) - 1) / 2), xerr=half, fmt=MARKERS[i % 7],
                             color=CYCLE[i % 7], capsize=2, elinewidth=1.2, linestyle='none', label=f'observed by {way}')
