@@ -19,7 +19,7 @@ import torch
 from fastcore.basics import patch
 from filelock import FileLock
 
-from .data import AevlpError, home, write_json
+from .data import AevlpError, fresh, home, write_json
 
 # %% ../nbs/08_bank.ipynb #dff25a35
 def banks_root() -> Path:
@@ -89,7 +89,8 @@ def _make(self: Bank, rows, done):
             if path.exists(): continue
             temporary = path.with_suffix(".tmp")
             try:
-                with open(temporary, "wb") as f: os.posix_fallocate(f.fileno(), 0, size)
+                temporary.unlink(missing_ok=True)
+                with fresh(temporary) as f: os.posix_fallocate(f.fileno(), 0, size)
                 os.replace(temporary, path)
             except OSError as e:
                 temporary.unlink(missing_ok=True)

@@ -565,6 +565,8 @@ _NUS_HOW = (
 # %% ../nbs/04_benchmarks.ipynb #17b55c51
 def _transfer(url, part, timeout):
     "Append what is missing of a file; raises OSError when the connection breaks before the end."
+    if part.is_symlink():
+        part.unlink()
     have = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     with urllib.request.urlopen(request, timeout=timeout) as answer:

@@ -12,7 +12,9 @@ __all__ = ['app', 'data_app', 'bank_app', 'Dataset', 'Root', 'Csv', 'Separator',
 # %% ../nbs/17_cli.ipynb #ac8d8126
 import json
 import os
+import signal
 import sys
+import threading
 import warnings
 from pathlib import Path
 from typing import Annotated, Optional
@@ -374,11 +376,19 @@ def _warn(message, category, filename, lineno, file=None, line=None):
     sys.stderr.write(shown)
 
 
+def _ended(*_):
+    "SIGTERM ends a command as Ctrl-C does: with what it started."
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise SystemExit(128 + signal.SIGTERM)
+
+
 def main(
     arguments=None,  # default those of the process
 ):
     "The console script."
     warnings.showwarning = _warn
+    main_thread = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, _ended) if main_thread else None
     try:
         app(arguments)
     except BrokenPipeError:  # `aevlp results | head`
@@ -394,3 +404,6 @@ def main(
             sys.exit(1 if isinstance(e, failed) else 2)
         typer.echo(f"aevlp: {type(e).__name__}: {' '.join(str(e).split())} (AEVLP_DEBUG=1 shows where)", err=True)
         sys.exit(1)
+    finally:
+        if main_thread:
+            signal.signal(signal.SIGTERM, before)

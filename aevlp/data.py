@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['FORMATS', 'MAX_PIXELS', 'MAX_BYTES', 'SMALL_PIXELS', 'OBSERVATIONS', 'PORTABLE', 'AevlpError', 'AevlpWarning',
-           'progress', 'nearest', 'sync', 'replacing', 'write_text', 'write_json', 'home', 'shipped', 'made_here',
-           'decode', 'decoded_bytes', 'LabelledImages', 'sample_single_positives', 'train_val_split', 'observe',
-           'arithmetic', 'threads', 'in_threads', 'Images', 'image_loader', 'epoch_order']
+           'progress', 'nearest', 'sync', 'fresh', 'replacing', 'write_text', 'write_json', 'home', 'shipped',
+           'made_here', 'decode', 'decoded_bytes', 'LabelledImages', 'sample_single_positives', 'train_val_split',
+           'observe', 'arithmetic', 'threads', 'in_threads', 'Images', 'image_loader', 'epoch_order']
 
 # %% ../nbs/03_data.ipynb #95b4ba74
 import difflib
 import hashlib
 import json
 import os
+import secrets
 import stat
 import struct
 import threading
@@ -107,15 +108,22 @@ def sync(
         os.close(handle)
 
 
+def fresh(
+    path,  # of a file that does not exist
+):
+    "The file, opened for writing: a new one, never where a link that somebody put there leads."
+    return open(path, "wb", opener=lambda name, flags: os.open(name, flags | os.O_EXCL | os.O_NOFOLLOW, 0o666))
+
+
 @contextmanager
 def replacing(
     path,  # the file to write, in an existing folder
 ):
     "A binary file that takes the place of `path` when the `with` ends without an error."
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")  # a name that nobody can put a link at
     try:
-        with open(temporary, "wb") as file:
+        with fresh(temporary) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

@@ -4,16 +4,20 @@
 
 # %% auto #0
 __all__ = ['FROZEN', 'HEADS', 'BACKBONES', 'read_weights', 'load_backbone', 'build_backbone', 'Output', 'logits_of', 'LinearHead',
-           'BoostHead', 'sine_positions', 'MimeHead', 'SmileHead', 'Classifier', 'build_model']
+           'BoostHead', 'sine_positions', 'MimeHead', 'SmileHead', 'Classifier', 'build_model', 'offline',
+           'described_model']
 
 # %% ../nbs/11_models.ipynb #02934212
 import math
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import open_clip
 import timm
 import torch
+from huggingface_hub import constants
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -98,16 +102,20 @@ def read_weights(path):  # .safetensors, .pth, .pt or .bin
         if all(k.startswith(prefix) for k in found): found = {k.removeprefix(prefix): v for k, v in found.items()}
     return found
 
+def _refuse_misfits(path, found, wanted, of):
+    "Every tensor of `wanted` must be in `found` with its shape, and no other"
+    shapes = [f'{k} {tuple(found[k].shape)} instead of {tuple(wanted[k].shape)}' for k in wanted if k in found and found[k].shape != wanted[k].shape]
+    missing, extra = [k for k in wanted if k not in found and not k.endswith('num_batches_tracked')], [k for k in found if k not in wanted]
+    for what, names in (('lacks', missing), ('has another shape of', shapes), ('has the unknown', extra)):
+        if names: raise AevlpError(f"{path}: {what} {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}; it belongs to another {of}.")
+
 def load_backbone(backbone, path):  # a module, its weight file
     "Loads a local weight file into `backbone`; its classifier is left out, everything else must fit"
     found, wanted = read_weights(path), backbone.net.state_dict()
     head = backbone.cfg.get('classifier') or 'fc'
     heads = tuple(h + '.' for h in ([head] if isinstance(head, str) else head))
     found = {k: v for k, v in found.items() if not k.startswith(heads)}
-    shapes = [f'{k} {tuple(found[k].shape)} instead of {tuple(wanted[k].shape)}' for k in wanted if k in found and found[k].shape != wanted[k].shape]
-    missing, extra = [k for k in wanted if k not in found and not k.endswith('num_batches_tracked')], [k for k in found if k not in wanted]
-    for what, names in (('lacks', missing), ('has another shape of', shapes), ('has the unknown', extra)):
-        if names: raise AevlpError(f"{path}: {what} {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}; it belongs to another backbone.")
+    _refuse_misfits(path, found, wanted, 'backbone')
     backbone.net.load_state_dict(found, strict=False)
 
 # %% ../nbs/11_models.ipynb #ae20df85
@@ -260,6 +268,37 @@ def build_model(recipe,          # which backbone, weights, sizes
     model = Classifier(backbone, _build_head(head, backbone, n_classes, recipe), recipe.image_size)
     model.head.requires_grad_(recipe.train_head)
     return model.to(memory_format=torch.channels_last) if recipe.channels_last else model
+
+@contextmanager
+def offline():
+    "Inside, Hugging Face's hub is not asked: what is in its cache is used, and no more"
+    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
+    try: yield
+    finally: constants.HF_HUB_OFFLINE = before
+
+def _needs_no_network(name):  # of a backbone
+    "Whether it is an architecture that timm or open_clip can build by itself"
+    if not name.startswith('clip:'): return name == FROZEN or timm.is_model(name)
+    config = open_clip.get_model_config(name.removeprefix('clip:')) if name.removeprefix('clip:') in open_clip.list_models() else None
+    return config is not None and 'hf_model_name' not in config.get('text_cfg', {})
+
+def described_model(recipe,     # of the header of a weight file, which anybody may have written
+                    n_classes,  # C
+                    head,       # one of `HEADS`
+                    path):      # the weight file
+    "The classifier that a weight file describes, with its weights: nothing is fetched, and nothing is made that the file does not fill"
+    if not _needs_no_network(recipe.backbone):
+        raise AevlpError(f"{path}: its backbone '{recipe.backbone}' is none that can be built without a network; train the run again.")
+    try: found = load_file(path)
+    except (SafetensorError, OSError, ValueError) as e: raise AevlpError(f'{path}: not a readable weight file ({_first_line(e)}).') from e
+    recipe, width = replace(recipe, backbone_weights='none'), None
+    if recipe.backbone == FROZEN: width = found['backbone.mean'].numel() if 'backbone.mean' in found else 1
+    if not recipe.backbone.startswith('clip:'):  # open_clip builds no model without memory
+        with torch.device('meta'): _refuse_misfits(path, found, build_model(recipe, n_classes, head, width).state_dict(), 'classifier')
+    model = build_model(recipe, n_classes, head, width)
+    _refuse_misfits(path, found, model.state_dict(), 'classifier')
+    model.load_state_dict(found, strict=False)
+    return model
 
 # %% ../nbs/11_models.ipynb #851e98ec
 BACKBONES = {  # the paper's name -> overrides of a recipe

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DATASETS', 'TRAINING', 'LOSSES', 'SINGLE', 'DAMP', 'TOKENS', 'SWITCHES', 'OWN', 'HEADS_ALONE', 'SETTINGS', 'FIELDS',
-           'FIDELITIES', 'ALIASES', 'SOURCES', 'Recipe', 'Setting', 'Switch', 'estimates', 'recipe', 'as_table',
-           'released_switches', 'parse_overrides', 'should_stop']
+           'FIDELITIES', 'ALIASES', 'SOURCES', 'Recipe', 'Setting', 'Switch', 'from_settings', 'estimates', 'recipe',
+           'as_table', 'released_switches', 'parse_overrides', 'should_stop']
 
 # %% ../nbs/09_recipes.ipynb #befc6560
 import reprlib
@@ -404,6 +404,8 @@ _CHOICES = dict(select_by=('map', 'auc_observed', 'auto'), optimizer=('adam', 'a
 _AT_LEAST = dict(frozen_hidden=0, view_epochs=0, epochs=1, batch_size=1, image_size=1, grid=1, top_k=0, workers=-1, threads=0, linear_init=0, overlap=0, eta=0, noise_layers=1, mime_samples=1,
                  random_positives=0, lr=0, head_lr=0, ll_delta=0, neighbours=0, expected_positives=0,
                  token_size=0, token_grid=0, piaa_tokens=1)
+_AT_MOST = dict(image_size=2048, grid=32, noise_layers=64, noise_hidden=2**16, mime_z=2**13, mime_width=2**13, mime_ffn=2**16,
+                mime_samples=2**10)
 _ABOVE_0 = ('temperature', 'vlpl_temperature', 'token_temperature', 'piaa_sharpness', 'piaa_temperature', 'piaa_global', 'piaa_local', 'q1', 'q2', 'sigma0', 'sigmaT')
 _UNIT = ('piaa_weight', 'ema', 'shift', 'q3', 'negative_ratio', 'global_threshold', 'local_threshold', 'smoothing', 'vlpl_threshold', 'mime_threshold')
 
@@ -428,12 +430,22 @@ def _check(key, value):
     if key in _CHOICES and value not in _CHOICES[key]: raise AevlpError(f"{key}={value!r} should be one of {', '.join(map(str, _CHOICES[key]))}.")
     if isinstance(value, float) and not math.isfinite(value): raise AevlpError(f'{key}={value} is not a finite number.')
     if key in _AT_LEAST and value < _AT_LEAST[key]: raise AevlpError(f'{key}={value} should be at least {_AT_LEAST[key]}.')
+    if key in _AT_MOST and value > _AT_MOST[key]: raise AevlpError(f'{key}={value} should be at most {_AT_MOST[key]}.')
     if key in _ABOVE_0 and value <= 0: raise AevlpError(f'{key}={value} should be above 0.')
     if key in _UNIT and not 0 <= value <= 1: raise AevlpError(f'{key}={value} should be between 0 and 1.')
 
 # %% ../nbs/09_recipes.ipynb #e29e8b1a
 ALIASES = {'aevlp': 'gpr+damp', 'aevlp-augmented': 'gpr+damp', 'an-pl': 'bce+none'}
 _SMALL_MIME = dict(mime_width=256, mime_ffn=1024, mime_z=64)  # VOC's transformer has 150 million weights
+
+def from_settings(values):  # {field: value}, from a file that anybody may have written
+    "The recipe that they are, each checked"
+    return Recipe(**{k: _checked(k, v) for k, v in values.items()})
+
+def _checked(key, value):
+    value = _typed(key, value)
+    _check(key, value)
+    return value
 
 def _names(method):
     "The names by which settings may know a method: itself, its loss, '+' and its labeler"

@@ -18,7 +18,7 @@ import pickle
 import random
 import shutil
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -55,8 +55,8 @@ from .labelers import Batch, Labeler, build_labeler
 from .methods import build_objective
 from .methods import get as get_method
 from .metrics import MEASURES, PseudoLabelMeter, auc_observed, average_precision, headline, map_interval, single_positive
-from .models import FROZEN, build_model, logits_of
-from .recipes import Recipe, should_stop
+from .models import FROZEN, build_model, described_model, logits_of, offline
+from .recipes import Recipe, from_settings, should_stop
 from .scorers import Scorer, beside_clip, build_scorer
 from .views import student_flips, student_inputs, student_shifts
 
@@ -129,6 +129,7 @@ def save_checkpoint(
     folder = Path(folder)
     temporary = folder / f".{name}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
+    temporary.unlink(missing_ok=True) if temporary.is_symlink() else None
     temporary.mkdir(parents=True)
     with replacing(temporary / "state.pt") as file:
         torch.save(_packed(state), file)
@@ -854,8 +855,13 @@ def _settings(path):
     "What the header of a weight file says about its run."
     try:
         with safe_open(path, "pt") as file:
-            return json.loads(file.metadata()["run"])
-    except (OSError, SafetensorError, TypeError, KeyError, json.JSONDecodeError) as e:
+            settings = json.loads(file.metadata()["run"])
+        kinds = [(settings["method"], str), (settings["recipe"], dict), (settings["class_names"], list)]
+        kinds += [(name, str) for name in settings["class_names"]]
+        if not settings["class_names"] or not all(isinstance(value, kind) for value, kind in kinds):
+            raise ValueError("its header is of another kind")
+        return settings
+    except (OSError, SafetensorError, TypeError, KeyError, ValueError, RecursionError) as e:
         raise AevlpError(f"{path}: not the weights of a run ({type(e).__name__}); run it again in an empty folder") from e
 
 
@@ -958,14 +964,13 @@ def load_run(
     path = Path(run_dir) / "best.safetensors"
     settings = _settings(path)
     try:
-        settings["recipe"] = Recipe(**settings["recipe"])
-    except TypeError as e:
-        raise AevlpError(f"{path}: made by aevlp {settings['version']}, whose recipes differ ({e}); train it again") from e
-    names, scorer = tuple(settings["class_names"]), get_method(settings["method"]).scorer
-    if scorer:
-        return build_scorer(scorer, names, settings["recipe"], device).load(load_file(path)), settings, names
-    weights = load_file(path)
-    width = len(weights["backbone.mean"]) if settings["recipe"].backbone == FROZEN else None
-    model = build_model(replace(settings["recipe"], backbone_weights="none"), len(names), get_method(settings["method"]).head, width)
-    model.load_state_dict(weights)
+        settings["recipe"] = from_settings(settings["recipe"])
+    except (TypeError, AevlpError) as e:
+        made = settings.get("version")
+        raise AevlpError(f"{path}: made by aevlp {made}, whose recipes differ ({e}); train it again") from e
+    names, method = tuple(settings["class_names"]), get_method(settings["method"])
+    with offline():
+        if method.scorer:
+            return build_scorer(method.scorer, names, settings["recipe"], device).load(load_file(path)), settings, names
+        model = described_model(settings["recipe"], len(names), method.head, path)
     return model.to(device).eval(), settings, names

@@ -94,7 +94,8 @@ def test_one_run_is_made_once_goes_on_after_a_kill_and_is_made_again_on_demand(t
     params = runs.run_params("glyphs", "gr")
     notebook, folder = fake_notebook(tmp_path), tmp_path / runs.run_name(params)
     folder.mkdir()
-    orphan = subprocess.Popen(["sleep", "100"], start_new_session=True)  # the kernel of a worker that was killed
+    known = os.environ | {"AEVLP_RUN": str(folder)}  # the kernel of a worker that was killed
+    orphan = subprocess.Popen(["sleep", "100"], start_new_session=True, env=known)
     said = {
         "state": "running",
         "host": runs._HOST,

@@ -1,0 +1,421 @@
+"""Hostile and torn files of sweeps and runs, full disks, processes that are not ours: one sentence, nothing else."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+from fake_run import alive, begun, fake_notebook, states
+from safetensors.torch import save
+from test_runs import finished
+
+from aevlp import cli, models, recipes, runs, train
+from aevlp.data import AevlpError, replacing, write_json
+
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{b}: &{b} [{', '.join(['*' + a] * 10)}]\n" for a, b in zip("abcdefghi", "bcdefghij", strict=True)
+)
+YAML = {
+    "an alias bomb": (BOMB + "methods: *j\n", "more than 200000 values"),
+    "20,000 brackets": ("methods: " + "[" * 20_000, "deeper than 20 levels"),
+    "20,000 indents": ("\n".join(" " * i + f"a{i}:" for i in range(2_000)), "deeper than 20 levels"),
+    "an alias to itself": ("methods: &a [*a]", "nothing before it is called &a"),
+    "a tag": ("methods: !!python/object/apply:os.mkdir [pwned]", "stands for no plain value"),
+    "a number of 5,000 digits": ("seeds: [" + "9" * 5000 + "]", "not plain YAML"),
+    "two documents": ("methods: [an]\n---\nmethods: [gr]", "more than one document"),
+    "a list as a key": ("? [a, b]\n: c\n", "unhashable"),
+    "a merge of no keys": ("<<: 3\nmethods: [an]", "not plain YAML"),
+    "5 MB": ("methods: [an] #" + "x" * 5_000_000, "larger than 4 MB"),
+}
+
+
+@pytest.mark.parametrize("what", YAML)
+def test_hostile_yaml_is_refused_within_a_second(tmp_path, monkeypatch, what):
+    monkeypatch.chdir(tmp_path)
+    text, says = YAML[what]
+    (tmp_path / "sweep.yaml").write_text(text)
+    (tmp_path / "params.yaml").write_text(text)
+    began = time.process_time()
+    for read in (lambda: runs.load_spec(tmp_path / "sweep.yaml"), lambda: runs.read_params(tmp_path)):
+        with pytest.raises(AevlpError, match=f"yaml.*{says}"):
+            read()
+    assert (
+        time.process_time() - began < 2
+        and os.listdir(tmp_path) == ["sweep.yaml", "params.yaml"]
+        or not (tmp_path / "pwned").exists()
+    )
+
+
+def test_yaml_means_what_it_meant(tmp_path):
+    import yaml
+
+    text = """base: &base {lr: 1.0e-4, epochs: 3, name: "3", on: yes, none: ~, when: 2020-01-01}
+more: {<<: *base, epochs: 4}
+list: [*base, 'a b', 0x10, 1e-4, .inf, !!str 7]
+block: |
+  two
+  lines
+"""
+    (tmp_path / "a.yaml").write_text(text)
+    assert runs._read_yaml(tmp_path / "a.yaml") == yaml.safe_load(text)
+    for path in Path(runs._experiments()).glob("*.yaml"):
+        assert runs._read_yaml(path) == yaml.safe_load(path.read_text()), path
+
+
+def test_a_grid_of_a_billion_runs_is_refused_at_once():
+    spec = {
+        "methods": ["an"],
+        "seeds": list(range(1000)),
+        "overrides": {"lr": list(range(1000)), "eta": list(range(1000))},
+    }
+    began = time.process_time()
+    with pytest.raises(AevlpError, match="1e.09 runs, more than 100000"):
+        runs.expand(spec)
+    assert time.process_time() - began < 1
+
+
+# --- run folders
+
+
+def change(folder, **params):
+    found = runs.read_params(folder)
+    (folder / "params.yaml").write_text(json.dumps(found | params))
+
+
+STRANGE = {
+    "metrics.json is a list": lambda f: (f / "metrics.json").write_text("[1, 2]"),
+    "metrics.json is cut off": lambda f: (f / "metrics.json").write_text('{"test_map": 6'),
+    "metrics.json nests": lambda f: (f / "metrics.json").write_text("[" * 100_000),
+    "test_map is text": lambda f: (f / "metrics.json").write_text('{"test_map": "high"}'),
+    "status.json is a list": lambda f: (f / "status.json").write_text("[]"),
+    "params.yaml is a list": lambda f: (f / "params.yaml").write_text("[]"),
+    "params.yaml is a bomb": lambda f: (f / "params.yaml").write_text(BOMB),
+    "params.yaml is not text": lambda f: (f / "params.yaml").write_bytes(b"\xff\xfe\0"),
+    "the data set is a list": lambda f: change(f, dataset=["voc"]),
+    "the seed is text": lambda f: change(f, seed="one"),
+    "the recipe is a list": lambda f: change(f, recipe=[1]),
+    "the recipe holds a list": lambda f: change(f, recipe={"lr": [1, 2]}),
+}
+FINE = {
+    "a state nobody knows": {"state": "flying"},
+    "a state that is a list": {"state": ["done"]},
+    "a negative process": {"state": "running", "host": runs._HOST, "process": {"pid": -5, "born": 1}},
+    "a process that is a list": {"state": "running", "host": runs._HOST, "process": [1], "kernel": [2]},
+    "a huge process": {"state": "running", "host": runs._HOST, "process": {"pid": 2**70, "born": "x"}},
+    "seconds that are text": {"state": "done", "seconds": "long"},
+}
+
+
+@pytest.mark.parametrize("what", [*STRANGE, *FINE])
+def test_a_strange_run_folder_hides_no_other(tmp_path, monkeypatch, capsys, what):
+    good, bad = finished(tmp_path, 61.25), finished(tmp_path, method="an")
+    if what in FINE:
+        write_json(bad / "status.json", FINE[what])
+    else:
+        STRANGE[what](bad)
+    table = runs.frame(tmp_path).set_index("run")
+    assert table.loc[good.name, "test_map"] == 61.25 and table.loc[good.name, "state"] == "done"
+    assert what in FINE or table.loc[bad.name, "state"] == "unreadable" and str(bad) in table.loc[bad.name, "error"]
+    assert what not in FINE or table.loc[bad.name, "state"] in ("new", "interrupted", "done")
+    runs.history(tmp_path)
+    monkeypatch.setenv("AEVLP_RUNS", str(tmp_path))
+    for arguments in (["results"], ["results", "--json"], ["sweep", "table1", "--dry-run"]):
+        with pytest.raises(SystemExit) as end:
+            cli.main(arguments)
+        assert not end.value.code, capsys.readouterr().err
+    assert "61.25" in capsys.readouterr().out
+
+
+def test_a_run_folder_that_is_a_pipe_or_goes_away_hides_no_other(tmp_path, monkeypatch):
+    good, bad, gone = finished(tmp_path), finished(tmp_path, method="an"), finished(tmp_path, method="em")
+    (bad / "params.yaml").unlink()
+    os.mkfifo(bad / "params.yaml")
+    found = runs.folders(tmp_path)
+    shutil.rmtree(gone)
+    monkeypatch.setattr(runs, "folders", lambda _: found)
+    assert dict(runs.frame(tmp_path)[["run", "state"]].to_numpy()) == {good.name: "done", bad.name: "unreadable"}
+
+
+# --- weights
+
+
+def weights(folder, tensors=None, **settings):
+    recipe = recipes.recipe("glyphs", "an")
+    known = dict(method="an", recipe=asdict(recipe), class_names=["a", "b"], version="0", seed=0, dataset="glyphs")
+    if tensors is None:
+        tensors = {k: v.contiguous() for k, v in models.build_model(recipe, 2).state_dict().items()}
+    header = settings.pop(
+        "header", json.dumps(known | {"recipe": asdict(recipe) | settings.pop("recipe", {})} | settings)
+    )
+    (folder / "best.safetensors").write_bytes(save(tensors, {"run": header}))
+    return folder
+
+
+HEADERS = {
+    "a list": dict(header="[1, 2]"),
+    "no JSON": dict(header="{"),
+    "deep JSON": dict(header="[" * 100_000),
+    "classes that are a number": dict(class_names=3),
+    "no classes": dict(class_names=[]),
+    "classes that are lists": dict(class_names=[["a"], ["b"]]),
+    "a method that is a list": dict(method=["an"]),
+    "a method nobody knows": dict(method="none"),
+    "another number of classes": dict(class_names=["a", "b", "c"]),
+    "a hundred thousand classes": dict(class_names=[str(i) for i in range(100_000)]),
+    "a picture of 10^9 pixels a side": dict(recipe=dict(image_size=10**9)),
+    "a size that is text": dict(recipe=dict(image_size="big")),
+    "a large backbone": dict(recipe=dict(backbone="vit_huge_patch14_clip_224.laion2b", image_size=2048)),
+    "a wide head": dict(method="mime", recipe=dict(mime_width=8192, mime_ffn=65536, mime_z=8192)),
+    "somebody else's backbone": dict(recipe=dict(backbone="hf-hub:somebody/else")),
+    "somebody else's CLIP": dict(recipe=dict(backbone="clip:hf-hub:somebody/else")),
+    "a text tower of a hub": dict(recipe=dict(backbone="clip:roberta-ViT-B-32")),
+    "a folder as backbone": dict(recipe=dict(backbone="local-dir:/tmp")),
+    "a setting nobody knows": dict(recipe=dict(colour="red")),
+    "tensors of something else": dict(tensors={"weight": torch.ones(2)}),
+}
+
+
+@pytest.mark.parametrize("what", HEADERS)
+def test_a_strange_weight_file_is_one_sentence_and_asks_no_network(tmp_path, monkeypatch, what):
+    def refuse(*given, **_):
+        raise AssertionError(f"the network was asked: {given}")
+
+    monkeypatch.setattr("socket.socket.connect", refuse)
+    monkeypatch.setattr("socket.getaddrinfo", refuse)
+    began = time.process_time()
+    with pytest.raises(AevlpError, match="best.safetensors|no method is called 'none'"):
+        train.load_run(weights(tmp_path, **HEADERS[what]))
+    assert time.process_time() - began < 10
+
+
+def test_a_whole_weight_file_is_read(tmp_path):
+    model, settings, names = train.load_run(weights(tmp_path))
+    assert names == ("a", "b") and settings["recipe"].backbone == "glyphnet" and not model.training
+
+
+# --- processes
+
+
+def sleeper(**environment):
+    return subprocess.Popen(["sleep", "100"], start_new_session=True, env=os.environ | environment)
+
+
+@pytest.mark.parametrize("of", ["this run", "another run", "nobody"])
+def test_only_a_process_that_was_started_for_the_run_is_ended(tmp_path, of):
+    """Whatever a status.json says: it may have been copied from elsewhere."""
+    params = runs.run_params("glyphs", "gr")
+    folder = tmp_path / runs.run_name(params)
+    folder.mkdir()
+    process = sleeper(
+        **({} if of == "nobody" else {"AEVLP_RUN": str(folder if of == "this run" else tmp_path / "other")})
+    )
+    try:
+        said = dict(state="running", host=runs._HOST, process={"pid": 1, "born": 0}, kernel=runs._process(process.pid))
+        write_json(folder / "status.json", said)
+        assert runs.attempt(params, tmp_path, fake_notebook(tmp_path))["state"] == "done"
+        assert alive(process.pid) == (of != "this run")
+    finally:
+        process.kill()
+        process.wait()
+
+
+# --- temporary files and folders
+
+
+def test_a_link_at_the_name_of_a_temporary_file_is_not_followed(tmp_path, monkeypatch):
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    monkeypatch.setattr("secrets.token_hex", lambda n: "known")
+    (tmp_path / ".a.json.known.tmp").symlink_to(victim)
+    with pytest.raises(AevlpError, match="a.json: cannot be written .File exists"):
+        write_json(tmp_path / "a.json", {})
+    monkeypatch.undo()
+    for name in (f".a.json.{os.getpid()}.tmp", ".a.json.tmp"):
+        (tmp_path / name).symlink_to(victim)
+    write_json(tmp_path / "a.json", {"a": 1})
+    (tmp_path / "last").mkdir()
+    (tmp_path / "last/.epoch-1.tmp").symlink_to(tmp_path)
+    train.save_checkpoint(tmp_path / "last", "epoch-1", {"a": 1})
+    assert victim.read_text() == "precious" and json.loads((tmp_path / "a.json").read_text()) == {"a": 1}
+    with replacing(tmp_path / "b") as file:
+        assert len([p for p in tmp_path.iterdir() if p.name.startswith(".b.")]) == 1
+        file.write(b"x")
+    (tmp_path / "c").write_bytes(b"x")
+    assert (tmp_path / "b").stat().st_mode == (tmp_path / "c").stat().st_mode
+
+
+def test_folders_of_killed_processes_are_removed_by_the_next(tmp_path):
+    code = f"""import os, signal
+from aevlp import runs
+with runs._scratch("mine-", {str(tmp_path)!r}):
+    os.kill(os.getpid(), signal.SIGKILL)"""
+    subprocess.run([sys.executable, "-c", code])
+    (left,) = tmp_path.glob("mine-*")
+    (tmp_path / "mine-of-somebody").mkdir()  # not made by us: no lock in it
+    (tmp_path / "mine-link").symlink_to(left)
+    with runs._scratch("mine-", tmp_path) as first, runs._scratch("mine-", tmp_path) as second:
+        assert not left.exists() and first.is_dir() and second.is_dir()
+        assert first.stat().st_mode & 0o077 == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["mine-link", "mine-of-somebody"]
+
+
+def test_a_temporary_folder_of_100_characters(tmp_path, monkeypatch):
+    long = tmp_path / ("x" * 100)
+    long.mkdir()
+    monkeypatch.setenv("TMPDIR", str(long))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    notebook = fake_notebook(tmp_path)
+    assert runs.attempt(runs.run_params("glyphs", "gr"), tmp_path, notebook)["state"] == "done"
+    table = runs.sweep({"methods": ["an"]}, runs=tmp_path, notebook=notebook, workers=1, show=False)
+    assert table.state.tolist() == ["done"]
+    assert not list(long.iterdir())
+
+
+# --- disks and folders that go away
+
+
+def test_a_folder_that_disappears_is_said_to_have_disappeared(tmp_path):
+    notebook, params = fake_notebook(tmp_path), runs.run_params("glyphs", "gr")
+    folder = tmp_path / runs.run_name(params)
+    text = (
+        Path(notebook).read_text().replace("lines = [", f"import shutil; shutil.rmtree({str(folder)!r}); lines = [", 1)
+    )
+    Path(notebook).write_text(text)
+    outcome = runs.attempt(params, tmp_path, notebook)
+    assert outcome == dict(run=folder.name, state="failed", error=f"{folder} disappeared while the run was being made")
+    assert not folder.exists()
+
+
+def test_recording_an_error_never_raises(tmp_path, monkeypatch):
+    def full(path, value):
+        raise AevlpError(f"{path}: cannot be written (No space left on device); make room")
+
+    monkeypatch.setattr(runs, "write_json", full)
+    outcome = runs.attempt(runs.run_params("glyphs", "gr"), tmp_path, fake_notebook(tmp_path))
+    assert outcome["state"] == "failed" and "No space left on device" in outcome["error"]
+    failed = runs._lost(
+        type("Future", (), dict(status="error", exception=lambda self: OSError("gone")))(), "run", 3, tmp_path
+    )
+    assert failed["state"] == "failed" and "gone" in failed["error"]
+
+
+class Elsewhere:
+    """A dask client whose runs are busy in another process for a while."""
+
+    def __init__(self, busy):
+        self.busy = busy
+
+    def submit(self, function, params, *rest, **_):
+        self.busy -= 1
+        state = "busy" if self.busy >= 0 else "done"
+        outcome = dict(run=runs.run_name(params), state=state, error=None)
+        return type("Future", (), dict(done=lambda s: True, status="finished", result=lambda s: outcome))()
+
+
+def test_a_run_that_is_busy_elsewhere_is_not_lost(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(
+        runs, "time", type("Clock", (), dict(monotonic=lambda: now[0], sleep=lambda s: now.__setitem__(0, now[0] + 5)))
+    )
+    params = runs.run_params("glyphs", "an")
+    board, name = runs.Board([params], tmp_path), runs.run_name(params)
+    tried = []
+    monkeypatch.setattr(runs, "_lost", lambda future, name, tries, where: tried.append(tries))
+    ended = runs._drive(Elsewhere(10), {name: params}, set(), tmp_path, "train", tmp_path / "stop", board)
+    assert ended[name]["state"] == "done" and not tried
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    where = tmp_path / "disk"
+    where.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=700k", "none", str(where)]
+    if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("only root can mount a small disk")
+    yield where
+    subprocess.run(["umount", "-l", str(where)], check=True)
+
+
+def test_a_disk_that_fills_during_a_sweep(tmp_path, small_disk, capfd):
+    """The runs that fit are made; the others fail with a sentence, and the sweep ends."""
+    notebook = fake_notebook(tmp_path)
+    shutil.copy(tmp_path / "told.json", small_disk / "told.json")
+    text = Path(notebook).read_text()
+    Path(notebook).write_text(
+        text.replace("lines = [", "(folder / 'ballast').write_bytes(bytes(300_000)); lines = [", 1)
+    )
+    table = runs.sweep({"methods": ["gr"], "seeds": [0, 1, 2, 3]}, workers=1, runs=small_disk, notebook=notebook)
+    assert table.state.tolist()[0] == "done" and table.state.tolist()[-1] == "failed"
+    assert all("No space left" in e for e in table.error.dropna()), table.error.tolist()
+    assert "Traceback" not in capfd.readouterr().err
+    assert not any(alive(pid) for pids in begun(small_disk).values() for pid in pids)
+
+
+# --- signals
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["sweep TERM", "sweep INT INT", "train TERM", "train INT"])
+def test_a_signal_ends_what_was_started(tmp_path, how):
+    (command, *signals), notebook = how.split(), fake_notebook(tmp_path, pause=60)
+    (tmp_path / "two.yaml").write_text(json.dumps({"methods": ["gr"], "seeds": [0, 1]}))
+    script = tmp_path / "command.py"
+    script.write_text(f"""import sys
+from functools import partial
+from aevlp import cli, runs
+given = dict(runs={str(tmp_path)!r}, notebook={str(notebook)!r})
+runs.sweep, runs.train = partial(runs.sweep, **given), partial(runs.train, **given)
+if __name__ == "__main__":
+    cli.main(sys.argv[1:])
+""")
+    arguments = (
+        ["sweep", str(tmp_path / "two.yaml"), "--workers", "2"] if command == "sweep" else ["train", "--method", "gr"]
+    )
+    process = subprocess.Popen(
+        [sys.executable, script, *arguments], stdout=-1, stderr=-2, text=True, start_new_session=True
+    )
+    try:
+        wanted, end = (2 if command == "sweep" else 1), time.monotonic() + 200
+        while len(begun(tmp_path)) < wanted and time.monotonic() < end and process.poll() is None:
+            time.sleep(0.2)
+        for name in signals:
+            if name == "INT":
+                os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to the whole group
+            else:
+                process.terminate()
+            time.sleep(1)
+        printed = process.communicate(timeout=100)[0]
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == (143 if "TERM" in how else 130) and "Traceback" not in printed, printed
+    assert [runs.status(tmp_path / name)["state"] for name in states(tmp_path)] == ["interrupted"] * wanted
+    assert len(begun(tmp_path)) == wanted and not any(alive(p) for pids in begun(tmp_path).values() for p in pids)
+    assert not list(tmp_path.glob(".sweep-*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["lab", "app"])
+def test_sigterm_of_a_server_ends_it(tmp_path, command):
+    code = f"from aevlp import cli; cli.main(['{command}', '--no-browser'])"
+    known = os.environ | {"AEVLP_RUNS": str(tmp_path)}
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=known)
+    try:
+        address = process.stdout.readline()
+        assert address.startswith("http://127.0.0.1:"), address
+        server = subprocess.run(
+            ["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True
+        ).stdout.split()
+        process.terminate()
+        assert process.wait(60) == 143
+        assert server and not any(alive(pid) for pid in server)
+    finally:
+        process.kill()
