@@ -201,7 +201,7 @@ def methods(as_json: Json = False):
     import pandas as pd
 
     from aevlp.registry import METHODS
-    rows = [dict(name=m.name, title=m.title, loss=m.objective, labels=m.labeler, source=m.source) for m in METHODS.values()]
+    rows = [dict(name=m.name, title=m.title, loss=m.objective or '–', labels='–' if m.scorer else m.labeler, source=m.source) for m in METHODS.values()]
     _show(pd.DataFrame(rows), as_json, index=False)
 
 
@@ -281,21 +281,24 @@ def bank_rm(name: str):
     typer.echo(bank.remove(name))
 
 # %% ../nbs/17_cli.ipynb #fdad1403
-@app.command(epilog=_example("predict glyphs-aevlp-s0 photos/ --out predictions.csv"))
+@app.command(epilog=_example("predict glyphs-aevlp-s0 photos/ --out predictions.csv",
+                             "predict glyphs-aevlp-s0 photos/ --with-clip"))
 def predict(run: Run, images: Annotated[list[Path], typer.Argument(help="Files and folders.")],
             out: Annotated[Optional[Path], typer.Option(help=".csv or .parquet; a picture grid goes beside it.")] = None,
             threshold: Annotated[Optional[float], typer.Option(min=0, max=1, help="Default: calibrated per class.")] = None,
-            reviewed: Reviewed = None, as_json: Json = False):
+            reviewed: Reviewed = None,
+            with_clip: Annotated[bool, typer.Option("--with-clip", help="The run's opinion and CLIP's as one.")] = False,
+            as_json: Json = False):
     "Probabilities and labels of new pictures; with --reviewed, by thresholds of reviewed pictures."
-    if reviewed and threshold is not None:
-        raise typer.BadParameter("give either --threshold or --reviewed")
+    if reviewed and (threshold is not None or with_clip):
+        raise typer.BadParameter(f"give either --{'with-clip' if with_clip else 'threshold'} or --reviewed")
     from aevlp import deploy
     if reviewed:
         from aevlp.reviewed import thresholds_of
         threshold = thresholds_of(reviewed, run).threshold.to_numpy()
     if out:
         deploy.prediction_files(out)
-    table = deploy.predict(run, images, threshold)
+    table = deploy.predict(run, images, threshold, with_clip=with_clip)
     for path in deploy.save_predictions(table, out) if out else ():
         typer.echo(path, err=as_json)
     if as_json or not out:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .damp import damp
+from .damp import aggregate, local_threshold
 from .data import AevlpError, LabelledImages, nearest
 from .eyes import Eyes, clip_of, eyes_of, prototypes, token_views
 from .metrics import average_precision
@@ -59,7 +59,7 @@ class Scorer(nn.Module):
         found = (nn.functional.normalize(e, dim=-1) for e in dense_tokens(self.tower, pixels[:, 0], self.recipe.token_rule))
         return torch.cat(token_views(*found, self.recipe.token_grid), 1)
 
-    def forward(self, pixels): return self.read(self.embed(pixels))  # -> (b, C) in [0, 1]
+    def forward(self, pictures): return self.read(self.embed(pictures))  # (b, V, 3, S, S) normalised -> (b, C) in [0, 1]
 
     @torch.no_grad()
     def scores(self, images):  # b uint8 tensors (3, H, W) -> (b, C) float32 in [0, 1]
@@ -90,9 +90,10 @@ class DampScorer(Scorer):
     def temperature(self): return self.recipe.temperature
 
     def read(self, embeddings):
-        probs, r = similarities(embeddings, self.prototypes, self.temperature), self.recipe
-        return damp(probs, torch.zeros_like(probs[:, 0]), local_threshold=r.local_threshold, global_threshold=r.global_threshold,
-                    top_k=r.top_k, negative_ratio=r.negative_ratio, strict=r.strict_local, rule=r.negative_rule).final
+        probs = similarities(embeddings, self.prototypes, self.temperature)
+        whole, nothing = probs[:, 0], torch.zeros_like(probs[:, 0])
+        threshold = local_threshold(whole, nothing, self.recipe.local_threshold)  # 0
+        return (whole + aggregate(probs[:, 1:], threshold, self.recipe.strict_local)) / 2  # `damp(...).final`, without its labels
 
 class TokensScorer(DampScorer):
     "DAMP's final score, with dense tokens as patches"

@@ -251,3 +251,38 @@ def test_the_default_is_what_the_labeler_sees():
     }
     with pytest.raises(AevlpError, match="with_clip='clip-x' should be one of"):
         recipe("voc", "an", with_clip="clip-x")
+
+
+def test_predict_joins_clip_and_cuts_by_thresholds_of_both(drawn, tmp_path):
+    from aevlp import deploy
+
+    run = tmp_path / "run"
+    train(run, "an", drawn, dict(clip="glyphs-clip", clip_weights="", epochs=1, with_clip="clip-damp"))
+    (run / "params.yaml").write_text("dataset: shapes\nmethod: an\nrecipe: {}\n")
+    pictures = [drawn.paths[i] for i in drawn.splits["test"]]
+    alone, joint = (deploy.predict(run, pictures, with_clip=w) for w in (False, True))
+    with np.load(run / "clip.npz") as kept:
+        weight, of_val, of_test = float(kept["weight"]), kept["val_probs"], kept["probs"]
+    expected = fuse(outcome.scored(run).probs, of_test, weight)
+    np.testing.assert_allclose(joint.iloc[:, 2:].to_numpy(), expected, atol=1e-4)
+    assert not np.allclose(alone.iloc[:, 2:].to_numpy(), expected, atol=1e-3)
+    val = outcome.scored(run, "val")
+    for c, name in enumerate(drawn.class_names):
+        cut = outcome.best_f1_threshold(fuse(val.probs, of_val, weight)[:, c], val.targets[:, c])
+        assert [name in deploy.label_list(labels) for labels in joint.labels] == (joint[name] >= cut).tolist()
+
+
+@pytest.mark.parametrize("name", ["clip-damp", "clip-tokens", "clip-piaa"])
+def test_tower_and_prototypes_are_exported_as_one_model(name, drawn, tmp_path):
+    from aevlp import deploy
+
+    pytest.importorskip("onnxruntime"), pytest.importorskip("onnxscript")
+    run = tmp_path / "run"
+    train(run, name, drawn, dict(clip="glyphs-clip", clip_weights="", token_size=96, piaa_tokens=8, grid=2))
+    (run / "params.yaml").write_text(f"dataset: shapes\nmethod: {name}\nrecipe: {{}}\n")
+    assert deploy.export(run, "onnx")["difference"] < 1e-4
+    about = json.loads((run / "model.json").read_text())
+    assert about["input"] == (["batch", 5, 3, 64, 64] if name == "clip-damp" else ["batch", 1, 3, 96, 96])
+    assert about["views"][0] == [0, 0, 1, 1] and len(about["views"]) == about["input"][1]
+    if name == "clip-damp":
+        assert about["views"][4] == pytest.approx([0.45, 0.45, 1, 1])
