@@ -875,6 +875,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'aevlp.reviewed.bounds': ('reviewed.html#bounds', 'aevlp/reviewed.py'),
                                 'aevlp.reviewed.choice': ('reviewed.html#choice', 'aevlp/reviewed.py'),
                                 'aevlp.reviewed.draw': ('reviewed.html#draw', 'aevlp/reviewed.py'),
+                                'aevlp.reviewed.in_percent': ('reviewed.html#in_percent', 'aevlp/reviewed.py'),
                                 'aevlp.reviewed.labels_of': ('reviewed.html#labels_of', 'aevlp/reviewed.py'),
                                 'aevlp.reviewed.map_of': ('reviewed.html#map_of', 'aevlp/reviewed.py'),
                                 'aevlp.reviewed.measure': ('reviewed.html#measure', 'aevlp/reviewed.py'),

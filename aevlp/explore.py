@@ -26,7 +26,7 @@ import yaml
 from fastcore.basics import patch
 from PIL import Image
 
-from . import draw, plots, runs
+from . import benchmarks, draw, plots, runs
 from . import table as tables
 from .damp import DampScores
 from .data import AevlpError, LabelledImages, decode, in_threads, progress, write_text
@@ -971,7 +971,7 @@ def open_state(
 ) -> Explorer: # on the first image
     "What a page is about."
     if run is not None: params = runs.read_params(run)
-    else: params = {'dataset': 'csv' if csv else dataset or 'glyphs', 'method': 'aevlp', 'root': root or (csv and str(Path(csv).parent)), 'csv': csv, 'fidelity': 'paper', 'recipe': {}}
+    else: params = {'dataset': None if isinstance(dataset, LabelledImages) else benchmarks.resolve(dataset, root, csv), 'method': 'aevlp', 'root': root or (csv and str(Path(csv).parent)), 'csv': csv, 'fidelity': 'paper', 'recipe': {}}
     data = dataset if isinstance(dataset, LabelledImages) else runs.load_data(params)
     recipe = find_recipe(data.name, params['method'], params['fidelity'], data=data, **(params['recipe'] | (overrides or {})))
     return Explorer(data, recipe, split, run, params.get('seed', 0), source={k: params[k] for k in ('root', 'csv') if params.get(k)})

@@ -24,7 +24,7 @@ from pathlib import Path
 import psutil
 
 from . import recipes, runs
-from .data import AevlpError, nearest
+from .data import AevlpError
 
 # %% ../nbs/15e_pages.ipynb #2446742f
 def checked(
@@ -42,17 +42,14 @@ def checked(
         if (state := runs.status(run)['state']) != 'done': raise AevlpError(f'run {run.name} is {state}; finish it with `aevlp train`, then open it')
         dataset, root, csv = (params.get(k) for k in ('dataset', 'root', 'csv'))
     from aevlp import benchmarks
-    dataset = dataset or ('csv' if root or csv else 'glyphs')
-    if dataset not in benchmarks.NAMES:
-        raise AevlpError(f"no data set is called '{dataset}'; the nearest is '{nearest(dataset, benchmarks.NAMES)}'")
-    root = root or (csv and str(Path(csv).parent))
     absolute = lambda p: str(Path(p).expanduser().absolute()) if p else None
     given = dict(dataset=dataset, root=absolute(root), csv=absolute(csv), run=absolute(run), overrides=overrides or {})
     for path, there in ((given['root'], os.path.isdir), (given['csv'], os.path.isfile)):
         if path and not there(path): raise AevlpError(f'{path}: there is no such {"folder" if there is os.path.isdir else "file"}')
-    own = None
-    if dataset not in recipes.DATASETS: own = benchmarks.load(dataset, root=given['root'], **({'csv': given['csv']} if csv else {}))
-    recipes.recipe(dataset, 'aevlp', data=own, **given['overrides'])
+    given['dataset'] = name = benchmarks.resolve(dataset, given['root'], given['csv'])
+    if csv and not root: given['root'] = str(Path(given['csv']).parent)
+    own = None if name in recipes.DATASETS else benchmarks.load(name, **{k: given[k] for k in ('root', 'csv') if given[k]})
+    recipes.recipe(name, 'aevlp', data=own, **given['overrides'])
     return given
 
 # %% ../nbs/15e_pages.ipynb #59c1abb8

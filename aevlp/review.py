@@ -21,7 +21,7 @@ from .damp import damp
 from .data import AevlpError, decode, progress
 from .explore import _CSS, Stage, _button, data_url, open_state, top_classes
 from .eyes import Eyes, open_bank, view_settings
-from .reviewed import ORDERS, Review, bounds, draw, map_of, names_of, predictions, sample, says, taken_labels
+from .reviewed import ORDERS, Review, draw, in_percent, map_of, names_of, predictions, sample, says, taken_labels
 from .vlm import similarities
 
 # %% ../nbs/16b_review.ipynb #3fdb3bb8
@@ -302,7 +302,7 @@ def measured(self:ReviewPage) -> str:
     part = sample(self.notes.plans.get(split), [n for n in self.names if n in self.notes.rows])
     if len(part.names) < 10: return '<br><span class="soft">the mAP so far shows from the tenth picture on</span>'
     if (found := map_of(run, self.notes, split, 200)) is None: return ''
-    value, low, high = bounds(found)
+    value, low, high = in_percent(found)
     of = f'of the whole {split} split' if part.order in ('random', 'weighted') else 'of these pictures, not of the split'
     return f'<br>mAP so far: <b>{value:.1f}</b> (95 %: {low:.1f} to {high:.1f}) <span class="soft">{of}</span>'
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ORDERS', 'UNIFORM', 'Sample', 'DRAWS', 'ENOUGH', 'says', 'draw', 'sample', 'names_of', 'Review', 'with_truth',
-           'open_file', 'weighted_ap', 'resampled', 'bounds', 'predictions', 'taken_labels', 'map_of', 'labels_of',
-           'about', 'measure', 'shown', 'choice', 'thresholds', 'of_runs', 'thresholds_of']
+           'open_file', 'weighted_ap', 'resampled', 'bounds', 'in_percent', 'predictions', 'taken_labels', 'map_of',
+           'labels_of', 'about', 'measure', 'shown', 'choice', 'thresholds', 'of_runs', 'thresholds_of']
 
 # %% ../nbs/15d_reviewed.ipynb #cc69b807
 import csv
@@ -257,10 +257,21 @@ def resampled(
 
 def bounds(
     values, # (1 + draws,) the measurement, then those of the bootstrap
+    mend=False, # take off what the bootstrap adds on average, as a mAP of few pictures has too much
 ) -> list: # value, low, high
-    "A number with its 95 % interval, between percentiles of the bootstrap; None where nothing was measured."
+    "A number with its 95 % interval; None where nothing was measured."
     if not np.isfinite(values[0]): return [None] * 3
-    return [float(v) for v in (values[0], *np.nanquantile(values[1:], [0.025, 0.975]))]
+    value, (low, high) = values[0], np.nanquantile(values[1:], [0.025, 0.975])
+    if not mend: return [float(v) for v in (value, low, high)]
+    return [float(2 * value - v) for v in (np.nanmean(values[1:]), high, low)]
+
+
+def in_percent(
+    draws, # of `map_of`
+) -> list: # value, low, high
+    "A mAP with its interval."
+    found = bounds(draws, mend=True)
+    return found if found[0] is None else [float(v) for v in np.clip(found, 0, 100)]
 
 # %% ../nbs/15d_reviewed.ipynb #414dc281
 def predictions(
@@ -360,7 +371,7 @@ def measure(
         for split in ('val', 'test'):
             if (found := map_of(folder, notes, split)) is not None:
                 draws[row['run'], split] = found
-                row |= dict(zip((split, f'{split}_low', f'{split}_high'), bounds(found)))
+                row |= dict(zip((split, f'{split}_low', f'{split}_high'), in_percent(found)))
         for name, found in labels_of(folder, notes, images).items(): row |= dict(zip((name, f'{name}_low', f'{name}_high'), found))
         rows.append(row)
     table = pd.DataFrame(rows)
@@ -368,7 +379,7 @@ def measure(
     if by is None: return table
     table = table.sort_values(by, ascending=False, kind='stable', ignore_index=True)
     best = table.run[0]
-    gaps = [bounds(draws[r, by] - draws[best, by]) if (r, by) in draws else [None] * 3 for r in table.run]
+    gaps = [bounds(draws[r, by] - draws[best, by], mend=True) if (r, by) in draws else [None] * 3 for r in table.run]
     return table.assign(chosen_by=by, **{f'minus_best{e}': [g[i] for g in gaps] for i, e in enumerate(('', '_low', '_high'))})
 
 

@@ -250,7 +250,7 @@ def test_every_page_has_a_notebook_of_its_own(photos, capsys, monkeypatch, comma
         (["--csv", "nothing.csv"], "nothing.csv: there is no such file"),
         (["--images", "photos", "--csv", "broken.csv"], "broken.csv"),
         (["--run", "nothing"], "no run is called 'nothing'"),
-        (["--dataset", "vco"], "the nearest is 'voc'"),
+        (["--dataset", "vco"], "did you mean 'voc'?"),
         ([*PAGES, "--set", "gird=2"], "the nearest is 'grid'"),
         ([*PAGES, "--out", "mine.csv"], "--review"),
         ([*PAGES, "--review", "--split", "tset"], "train, val or test"),

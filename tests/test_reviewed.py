@@ -108,8 +108,9 @@ def test_the_map_is_scikit_learns_with_the_weights(made, notes):
     every = [average_precision_score(truth[ids, c], probs[:, c], sample_weight=part.weights) for c in some]
     found = reviewed.map_of(folder / "runs/plain", notes, "test")
     assert found[0] == pytest.approx(100 * np.mean(every)) and found.shape == (1001,)
-    value, low, high = reviewed.bounds(found)
+    value, low, high = reviewed.in_percent(found)
     assert 0 <= low <= value <= high <= 100 and low < high
+    assert value == pytest.approx(min(2 * found[0] - found[1:].mean(), 100)), "less what few pictures add"
     assert reviewed.map_of(folder / "runs/told", notes, "test")[0] == pytest.approx(100)
 
 
