@@ -254,7 +254,7 @@ def bank_ls(as_json: Json = False):
 @bank_app.command("import", epilog=_example("bank import features.npy --dataset voc --root DIR",
                                             "bank import features.npy --ids names.txt --dataset voc --root DIR"))
 def bank_import(features: Annotated[Path, typer.Argument(help=".npy, or .safetensors with features and ids.")],
-                dataset: Dataset = "glyphs", root: Root = None, csv: Csv = None,
+                dataset: Dataset = None, root: Root = None, csv: Csv = None,
                 ids: Annotated[Optional[Path], typer.Option(help="Which picture a row is of: .npy, or text with one a line.")] = None):
     "Features computed elsewhere, for `train --set backbone=frozen --set features=NAME`."
     from aevlp import frozen, runs

@@ -507,7 +507,7 @@ def attempts(
 def _together(batch, runs, stop) -> dict:  # name -> outcome
     "Runs in one kernel, their folders locked."
     folders, why = [runs / run_name(p) for p in batch], None
-    given = dict(batch=[{k: v for k, v in p.items() if k not in ("recipe", "notes", "content")} for p in batch], runs_folder=str(runs),
+    given = dict(batch=[{k: v for k, v in p.items() if k not in ("recipe", "notes")} for p in batch], runs_folder=str(runs),
                  worker=_process(os.getpid()), stop=stop and str(stop))
     try:
         environment = _environment(batch[0]["recipe"]) | {_RUN: "\n".join(os.path.realpath(f) for f in folders)}
@@ -548,6 +548,8 @@ def make(
     report()
     try:
         data = load_data(params)
+        if params.get("content") not in (None, data.fingerprint):
+            raise AevlpError("the labels or pictures have changed since this run was asked for; start it again")
         metrics = training.fit(data, params["method"], recipes.Recipe(**params["recipe"]), params["seed"], folder, progress=False)
         report(state="done", ended=_now())
         return metrics
