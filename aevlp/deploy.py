@@ -28,7 +28,7 @@ from torch import nn
 from . import methods, outcome, plots, runs, scorers, train
 from .data import FORMATS, AevlpError, AevlpWarning, LabelledImages, decode, made_here, replacing, write_json, write_text
 from .frozen import whole
-from .metrics import MEASURES
+from .metrics import ASSUMPTION, MEASURES
 from .models import FROZEN
 from .views import evaluation_plan
 
@@ -390,7 +390,7 @@ _RESULTS = """
 
 {scores}
 
-Average precision per class on the test split, percent{scored}:
+Per class on the test split, percent{scored}:
 
 {per_class}
 
@@ -456,6 +456,9 @@ def by_class(
     table = pd.DataFrame({"average precision": [ap.get(n) for n in names], "positives": [positives.get(n) for n in names],
                           "threshold": outcome.thresholds(run, names) or np.nan}, index=pd.Index(names, name="class"))
     table["average precision"] = table["average precision"].astype(float).where(table.positives != 0)
+    if table["average precision"].isna().all() and metrics.get("per_class_auc_observed"):
+        auc = pd.Series(metrics["per_class_auc_observed"], dtype=float).reindex(names)
+        table.insert(1, MEASURES["auc_observed"], auc.to_numpy())
     return table
 
 # %% ../nbs/15c_deploy.ipynb #d20bea0d
@@ -466,7 +469,8 @@ def _scores(metrics) -> str:
         found = [(metrics.get(s) or {}).get(key) or [metrics.get(f"{s}_{key}"), None, None] for s in ("val", "test")]
         if any(value is not None for value, *_ in found):
             lines[title if key == "mean_rank" else f"{title}, %"] = [_with_interval(*f) for f in found]
-    return pd.DataFrame(lines, index=["validation", "test"]).T.to_markdown(disable_numparse=True)
+    assumption = f"\n\nOf given labels: {ASSUMPTION[0].lower()}{ASSUMPTION[1:]}" if any(k in (metrics.get("test") or {}) for k in MEASURES if k != "map") else ""
+    return pd.DataFrame(lines, index=["validation", "test"]).T.to_markdown(disable_numparse=True) + assumption
 
 
 def _with_interval(value, low, high) -> str:
@@ -495,9 +499,9 @@ def _card_facts(run, params, metrics) -> dict:
         observation=params["observation"] or ("as the CSV gives them" if params["csv"] else "one positive per image, drawn at random"),
         note=f"\n\nSince then: {said['note']}." if said.get("note") else "", empty=said.get("without_positive", "unknown"),
         scored=(f"; {without} of {len(table)} classes have no positive there and no number" if without else "")
-        + ("" if said["truth"] else "; against the given labels alone, for the full truth is unknown"),
+        + ("" if said["truth"] else "; of the given labels alone, for the truth is unknown"),
         best_epoch=metrics.get("best_epoch"), epochs_run=metrics.get("epochs_run"), select_by=MEASURES.get(metrics.get("select_by"), "mAP"),
         overrides=", ".join(f"`{k}={v}`" for k, v in params["overrides"].items()) or "nothing", chosen=chosen_by(said),
         per_class=_table(table), limit=limit, created=runs.status(run).get("ended", ""),
-        weakest=", ".join(table["average precision"].nsmallest(3).index) or "unknown",
+        weakest=", ".join(table["average precision"].dropna().nsmallest(3).index) or "unknown, as the truth is",
         settings=_table(pd.Series(params["recipe"], name="value").rename_axis("setting").astype(str).to_frame()))

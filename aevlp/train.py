@@ -747,7 +747,8 @@ def measured(self: Training, split, probs):
     average, auc = self.score(split, probs)
     interval = map_interval(probs.cpu(), truth, self.empty) if (value := class_mean(average)) is not None else None
     said = {"map": interval and [value, *interval[1:]]} | single_positive(probs.cpu(), given)
-    counts = {"per_class_positives": truth == 1, "per_class_n": truth >= 0, "per_class_given": given == 1}
+    positives = np.where((truth >= 0).any(0), truth == 1, given == 1)  # of a class of which nothing else is known: the given ones
+    counts = {"per_class_positives": positives, "per_class_n": truth >= 0, "per_class_given": given == 1}
     named = lambda values: dict(zip(self.data.class_names, values, strict=True)) if len(probs) else {}
     per_class = {"per_class": named(map(_number, average)), "per_class_auc_observed": named(map(_number, auc))}
     return said, per_class | {k: named(v.sum(0).tolist()) for k, v in counts.items()}

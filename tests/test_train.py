@@ -155,6 +155,7 @@ def test_without_truth_nothing_is_called_map(data, tmp_path):
         if split == "test":
             assert list(metrics["per_class_auc_observed"].values()) == pytest.approx(auc)
             assert list(metrics["per_class_given"].values()) == given.sum(0).tolist()
+            assert metrics["per_class_positives"] == metrics["per_class_given"], "no other positive is known"
     assert metrics["select_by"] == "auc_observed"
     assert metrics["best_epoch"] == history.epoch[history.val_auc_observed.idxmax()]
     assert metrics["val"]["auc_observed"][0] == pytest.approx(history.val_auc_observed.max())
