@@ -58,6 +58,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'aevlp.benchmarks._voc': ('benchmarks.html#_voc', 'aevlp/benchmarks.py'),
                                   'aevlp.benchmarks._voc_area': ('benchmarks.html#_voc_area', 'aevlp/benchmarks.py'),
                                   'aevlp.benchmarks._voc_lists': ('benchmarks.html#_voc_lists', 'aevlp/benchmarks.py'),
+                                  'aevlp.benchmarks._what_counts': ('benchmarks.html#_what_counts', 'aevlp/benchmarks.py'),
                                   'aevlp.benchmarks.check': ('benchmarks.html#check', 'aevlp/benchmarks.py'),
                                   'aevlp.benchmarks.class_names': ('benchmarks.html#class_names', 'aevlp/benchmarks.py'),
                                   'aevlp.benchmarks.fetch': ('benchmarks.html#fetch', 'aevlp/benchmarks.py'),

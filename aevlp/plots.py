@@ -32,7 +32,8 @@ _RC = {
     'xtick.labelsize': 11, 'ytick.labelsize': 11, 'lines.linewidth': 2, 'lines.markersize': 6.5, 'hatch.linewidth': 0.7,
     'axes.prop_cycle': mpl.cycler(color=CYCLE), 'axes.spines.top': False, 'axes.spines.right': False,
     'grid.color': '#e3e3e3', 'axes.edgecolor': '#555555', 'legend.frameon': False, 'svg.hashsalt': 'aevlp',
-    'savefig.dpi': 150, 'figure.dpi': 100, 'figure.facecolor': 'white', 'image.interpolation': 'nearest'}
+    'savefig.dpi': 150, 'figure.dpi': 100, 'figure.facecolor': 'white', 'image.interpolation': 'nearest',
+    'text.parse_math': False}  # names are shown as they are, `$` too
 
 
 @contextmanager
@@ -104,6 +105,7 @@ def _probability_panel(ax, probs, targets, bins, log):
     if log:
         ax.set_yscale('log')
         ax.set_ylim(0.1, 130)
+        ax.yaxis.set_minor_formatter('')
     ax.set(xlim=(0, 1), xticks=[0, 0.5, 1], xlabel='output probability')
     ax.set_xticklabels(['0', '0.5', '1'])
     ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f'{v:g} %'))
@@ -158,7 +160,7 @@ def delta_neg_curves(
             ax.plot(best, mean[best], marker='o', markersize=13, fillstyle='none', color=BLACK, markeredgewidth=1.3)
             ax.annotate(f'{mean[best]:.1f}', (best, mean[best]), textcoords='offset points', xytext=(0, 13), ha='center')
             ax.margins(y=0.25)
-            ax.set(xlabel=r'negative pseudo-labels $\Delta_{neg}$ (%)', title=name or '')
+            ax.set(xlabel='negative pseudo-labels Δneg (%)', title=name or '')
         axes[0, 0].set_ylabel('mAP (%)')
     return fig
 

@@ -10,9 +10,11 @@ __all__ = ['ASKED', 'SETTLED', 'PUBLISHED', 'DEMO', 'PICTURES', 'spread', 'holm'
 # %% ../nbs/15b_results.ipynb #5d4ed9ef
 import base64
 import html
+import re
 import time
 from dataclasses import replace
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 import pandas as pd
@@ -261,8 +263,8 @@ def _failed(plan, folder) -> list:
         if runs.status(folder / name)["state"] == "failed":
             why = runs._read_json(folder / name / "error.json")
             lines = html.escape("\n".join(why.get("last_lines", [])))
-            parts.append(f'<h3>{name}</h3><p>{html.escape(why.get("error", "no error was recorded"))} '
-                         f'<a href="{name}/train.ipynb">notebook</a></p><pre>{lines}</pre>')
+            parts.append(f'<h3>{html.escape(name)}</h3><p>{html.escape(why.get("error", "no error was recorded"))} '
+                         f'<a href="{quote(name)}/train.ipynb">notebook</a></p><pre>{lines}</pre>')
     return parts
 
 
@@ -270,7 +272,7 @@ def _links(table) -> str:
     done = table.dropna(subset=["run"])
     value, measured = _measured(done)
     lines = [f'<tr><td>{html.escape(r.label)}</td><td>{r.seed}</td><td>{"–" if pd.isna(v) else f"{v:.2f}"}</td>'
-             f'<td><a href="{r.run}/train.ipynb">{r.run}</a></td></tr>' for r, v in zip(done.itertuples(), done[value], strict=True)]
+             f'<td><a href="{quote(r.run)}/train.ipynb">{html.escape(r.run)}</a></td></tr>' for r, v in zip(done.itertuples(), done[value], strict=True)]
     return f"<table><tr><th>row<th>seed<th>test {measured} (%)<th>notebook</tr>{''.join(lines)}</table>"
 
 
@@ -304,7 +306,8 @@ def report(
     "One self-contained HTML page of a sweep: tables, significance, figures, failed runs, links to the notebooks."
     spec, folder = runs.load_spec(spec), Path(folder or runs.runs_root()).absolute()
     plan = runs.expand(spec, dataset, root, csv, seeds)
-    named, out = bool(out), Path(out or folder / f"{spec['name']}.html")
+    page = re.sub(r"[^\w. -]+", "_", spec["name"]).lstrip(".")  # a name leads nowhere else
+    named, out = bool(out), Path(out or folder / f"{page}.html")
     out.parent.mkdir(parents=True, exist_ok=True)
     if named:
         outcome.keep_foreign(out, outcome.is_page)

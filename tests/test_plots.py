@@ -80,6 +80,18 @@ def test_histograms_are_shares_of_each_group(all_figures):
     assert medians == pytest.approx(sorted([np.median(PROBS[TARGETS]), np.median(PROBS[~TARGETS])]))
 
 
+@pytest.mark.parametrize("name", ["$x_{$", "$$", "a$b$c", "<b>", "a;b\nc"])
+def test_names_are_drawn_as_they_are(name):
+    """No name is taken for mathematics, of which this one would be wrong."""
+    with plots.style():
+        fig, ax = plots.canvas()
+        ax.set(title=name, xlabel=name)
+        ax.plot([0, 1], label=name)
+        ax.legend()
+        assert plots.png(fig)[:4] == b"\x89PNG"
+        assert not any(text.get_parse_math() for text in fig.findobj(lambda a: hasattr(a, "get_parse_math")))
+
+
 def test_histograms_of_one_kind_only():
     fig = plots.probability_histograms({"AN": (PROBS, np.zeros_like(TARGETS))})
     assert plots.png(fig).startswith(b"\x89PNG")

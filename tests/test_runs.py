@@ -271,6 +271,21 @@ def test_pairs_agree_with_scipy_and_few_pairs_say_nothing(pairs):
         assert np.isclose(p, stats.ttest_rel(ours, other).pvalue)
 
 
+def test_names_in_a_report_are_text(tmp_path):
+    evil = "<img src=x onerror=alert(1)>$x_{$;\n'\"&"
+    for seed in range(3):
+        finished(tmp_path, 60.0 + seed, seed=seed)
+    broken = finished(tmp_path, method="an")
+    (broken / "status.json").write_text('{"state": "failed"}')
+    (broken / "error.json").write_text(json.dumps({"error": evil, "last_lines": [evil]}))
+    rows = [{"label": evil, "method": "gr"}, {"label": f"second {evil}", "method": "an"}]
+    spec = {"name": f"../{evil}", "title": evil, "rows": rows, "seeds": [0, 1, 2]}
+    page = results.report(spec, folder=tmp_path)
+    text = page.read_text()
+    assert page.parent == tmp_path and "<img src=x" not in text
+    assert text.count("&lt;img src=x onerror=alert(1)&gt;") >= 6
+
+
 def test_the_report_stands_alone(tmp_path):
     for seed in range(3):
         for i, method in enumerate(["an", "gr", "aevlp"]):
