@@ -686,7 +686,8 @@ def table_html(
 ) -> str: # HTML for `Pick`
     "A data frame as rows that can be clicked."
     text = lambda v: html.escape('–' if isinstance(v, float) and np.isnan(v) else f'{v:.2f}' if isinstance(v, float) else str(v))
-    heads = ''.join(f'<th>{html.escape(str(c))}</th>' for c in frame.columns)
-    body = ''.join(f'<tr data-pick="{html.escape(str(row[pick]))}" tabindex="0">' + ''.join(f'<td>{text(v)}</td>' for v in row.values()) + '</tr>'
+    shown = [c for c in frame.columns if not str(c).startswith('_')] # the others are only sent
+    heads = ''.join(f'<th>{html.escape(str(c))}</th>' for c in shown)
+    body = ''.join(f'<tr data-pick="{html.escape(str(row[pick]))}" tabindex="0">' + ''.join(f'<td>{text(row[c])}</td>' for c in shown) + '</tr>'
                    for row in frame.to_dict('records'))
     return f'<table class="tight"><tr>{heads}</tr>{body}</table>'

@@ -857,7 +857,7 @@ def show_errors(self:Explore):
     against = 'the truth' if self.known.has_truth else 'the given labels'
     self.error_line.value = (f'<span class="soft">{len(self.suspects)} labels where {html.escape(JUDGES[self.query.judge])} contradicts {against} most, among the images shown; '
                              'a row opens its image</span>')
-    self.errors.value = draw.table_html(self.suspects.assign(image=[f'row:{r}' for r in self.suspects.row]).drop(columns='row'), 'image') if len(self.suspects) else 'none'
+    self.errors.value = draw.table_html(self.suspects.assign(_row=[f'row:{r}' for r in self.suspects.row]).drop(columns='row'), '_row') if len(self.suspects) else 'none'
 
 
 @patch
