@@ -20,6 +20,7 @@ import loader
 import pandas as pd
 import step
 import student
+import tokens_step
 import torch
 from common import cpu_name
 
@@ -35,7 +36,7 @@ def main():
     logging.disable(logging.WARNING)  # open_clip says that weights are random
     parts = [evaluation.measure, lambda: loader.measure(workers=args.threads), bank_step.measure, student.measure_small]
     if not args.quick:
-        parts += [student.measure, step.measure, lambda: step.measure("cub", 312, 1.2)]
+        parts += [student.measure, step.measure, lambda: step.measure("cub", 312, 1.2), tokens_step.measure]
     rows = []
     for part in parts:
         rows += part()

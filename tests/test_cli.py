@@ -104,7 +104,7 @@ WRONG = {
         ["train", "--dataset", "csv", "--root", "/nowhere", "--csv", "/nowhere/x.csv"],
         "nowhere",
     ),
-    "a sweep that is not there": (["sweep", "table7"], "table7"),
+    "a sweep that is not there": (["sweep", "table77"], "table77"),
     "seeds that are words": (["sweep", "table1", "--seeds", "a,b"], "0,1,2"),
     "a run that is not there": (["predict", "nothing", "a.png"], "nothing"),
     "neither form": (["export", "x"], "--onnx"),
