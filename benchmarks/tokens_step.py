@@ -1,4 +1,4 @@
-"""A first-run training step of gpr+tokens on the CPU, loading included: one pass of ViT-B/16 a picture in place of 17."""
+"""A first-run step of gpr+tokens on the CPU, loading included: one pass of ViT-B/16 a picture in place of 17."""
 
 import tempfile
 from pathlib import Path
