@@ -545,12 +545,13 @@ def _matrix(table, at, n, classes) -> tuple:  # class names, (n, C) observed, tr
         cells[cells == minus] = unsaid if zeros else 0
     truth = np.full((n, len(columns)), -1, np.int8)
     for i, (line, _) in enumerate(table.rows):
+        if at[i] < 0:  # no picture, which is a problem already
+            continue
         old, new = truth[at[i]], np.where(cells[i] >= 0, cells[i], -1)
-        clash = np.flatnonzero((old >= 0) & (new >= 0) & (old != new)) if at[i] >= 0 else []
+        clash = np.flatnonzero((old >= 0) & (new >= 0) & (old != new))
         if len(clash):
             table.problems.append((line, f"an earlier row of the picture says something else of {table.names[columns[clash[0]]]!r}"))
-        if at[i] >= 0:
-            truth[at[i]] = np.where(new >= 0, new, old)
+        truth[at[i]] = np.where(new >= 0, new, old)
     return [table.names[j] for j in columns], np.select([truth == 1, truth == 0], [1, -1], 0).astype(np.int8), truth
 
 # %% ../nbs/03b_own.ipynb #73ee8165
