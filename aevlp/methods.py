@@ -81,7 +81,12 @@ class Full(Objective):
     def prepare(self):
         if self.truth is None: raise AevlpError("method 'full' needs the full labels of the training split, which this data set does not have.")
 
-    def loss(self, output, batch, pseudo): return losses.bce(logits_of(output), self.truth[self.rows(batch)].float(), epsilon=self.recipe.epsilon)
+    def loss(self, output, batch, pseudo):
+        truth, logits = self.truth[self.rows(batch)], logits_of(output)
+        known = truth >= 0
+        if known.all(): return losses.bce(logits, truth.float(), epsilon=self.recipe.epsilon)
+        matrix = losses.bce(logits, truth.float(), 'none', self.recipe.epsilon)  # an unknown label says nothing
+        return matrix[known].sum() / known.sum().clamp(min=1)
 
 class BcePseudo(Objective):
     "BCE with positive pseudo-labels as positives, all else negative"

@@ -170,6 +170,18 @@ def test_full_labels_are_needed_and_used():
     torch.testing.assert_close(make("full", truth=TRUTH).loss(logits, batch_of([1, 4]), nothing(2)), expected)
 
 
+def test_an_unknown_label_of_a_full_set_says_nothing():
+    logits, truth = logits_like((2, C)), TRUTH.clone()
+    truth[1, 2] = truth[4, 0] = -1
+    loss = make("full", truth=truth).loss(logits, batch_of([1, 4]), nothing(2))
+    loss.backward()
+    known = truth[[1, 4]] >= 0
+    p = logits.detach().sigmoid()
+    by_hand = -torch.where(truth[[1, 4]] == 1, p.log(), (1 - p).log())[known].mean()
+    torch.testing.assert_close(loss.detach(), by_hand)
+    assert (logits.grad[~known] == 0).all() and (logits.grad[known] != 0).all()
+
+
 def test_epsilon_is_inside_the_logarithms_and_nowhere_else():
     far, small = torch.full((1, C), -1e4), dict(epsilon=1e-5)
     assert make("an", **small).loss(far, batch_of([0]), nothing(1)) < 11.6  # -log 1e-5 = 11.513
