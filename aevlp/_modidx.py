@@ -688,6 +688,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'aevlp.pages': { 'aevlp.pages._Ended': ('pages.html#_ended', 'aevlp/pages.py'),
                              'aevlp.pages._command': ('pages.html#_command', 'aevlp/pages.py'),
                              'aevlp.pages._end': ('pages.html#_end', 'aevlp/pages.py'),
+                             'aevlp.pages._environment': ('pages.html#_environment', 'aevlp/pages.py'),
                              'aevlp.pages._lab_page': ('pages.html#_lab_page', 'aevlp/pages.py'),
                              'aevlp.pages.answers': ('pages.html#answers', 'aevlp/pages.py'),
                              'aevlp.pages.checked': ('pages.html#checked', 'aevlp/pages.py'),

@@ -154,6 +154,14 @@ def _end(server):
     server.wait()
 
 
+def _environment(token, temporary):
+    "Of the server: its token, and before all others a kernel `python3` that is this interpreter."
+    from ipykernel.kernelspec import write_kernel_spec
+    write_kernel_spec(str(Path(temporary)/'jupyter/kernels/python3'))
+    path = os.pathsep.join(filter(None, [f'{temporary}/jupyter', os.environ.get('JUPYTER_PATH')]))
+    return os.environ | {'JUPYTER_TOKEN': token, 'JUPYTER_PATH': path}
+
+
 def serve(
     kind: str, # 'jupyterlab' or 'voila'
     notebook: Path, # of `notebook`
@@ -175,7 +183,8 @@ def serve(
         try:
             tell(f'starting {name} …')
             command, place = _command(kind, notebook, port, temporary)
-            server = subprocess.Popen([sys.executable, '-m', *command], env=os.environ | {'JUPYTER_TOKEN': token}, stdout=log, stderr=log, start_new_session=True)
+            server = subprocess.Popen([sys.executable, '-m', *command], env=_environment(token, temporary), stdout=log,
+                                      stderr=log, start_new_session=True)
             while server.poll() is None and not answers(port): time.sleep(0.1)
             if server.poll() is None:
                 url = f'http://127.0.0.1:{port}/{place}?token={token}'

@@ -409,3 +409,17 @@ def test_known_and_unknown_truth_in_one_table(tmp_path, monkeypatch, capsys):
     assert "test mAP" in said and "test AUC*" in said and metrics.ASSUMPTION in said
     page = results.report(dict(name="own", methods=["gr", "an"], seeds=[0])).read_text()
     assert "test mAP (%)" in page and "<td>–</td>" in page and "nan" not in page.split("<img")[0]
+
+
+def test_the_kernel_of_a_page_is_this_interpreter_too(tmp_path, monkeypatch):
+    from jupyter_client.kernelspec import KernelSpecManager
+
+    from aevlp import pages
+
+    stale = tmp_path / "jupyter/kernels/python3"
+    stale.mkdir(parents=True)
+    (stale / "kernel.json").write_text('{"argv": ["/opt/gone/bin/python"], "display_name": "Python 3", "language": "python"}')
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
+    assert KernelSpecManager().get_kernel_spec("python3").argv[0] == "/opt/gone/bin/python"
+    monkeypatch.setenv("JUPYTER_PATH", pages._environment("token", tmp_path / "server")["JUPYTER_PATH"])
+    assert KernelSpecManager().get_kernel_spec("python3").argv[0] == sys.executable
