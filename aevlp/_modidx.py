@@ -188,6 +188,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'aevlp.deploy._left_out': ('deploy.html#_left_out', 'aevlp/deploy.py'),
                               'aevlp.deploy._made_again': ('deploy.html#_made_again', 'aevlp/deploy.py'),
                               'aevlp.deploy._model_files': ('deploy.html#_model_files', 'aevlp/deploy.py'),
+                              'aevlp.deploy._scored': ('deploy.html#_scored', 'aevlp/deploy.py'),
                               'aevlp.deploy._scores': ('deploy.html#_scores', 'aevlp/deploy.py'),
                               'aevlp.deploy._shares': ('deploy.html#_shares', 'aevlp/deploy.py'),
                               'aevlp.deploy._table': ('deploy.html#_table', 'aevlp/deploy.py'),

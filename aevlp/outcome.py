@@ -164,9 +164,10 @@ def metrics(
     "What `metrics.json` says."
     kinds = dict.fromkeys(("test_map", "val_map", "best_epoch", "epochs_run", "average_precision", "average_recall",
                            "clip_test_map", "clip_val_map", "fused_test_map", "fused_val_map", "fusion_weight"), (int, float))
-    kinds |= dict.fromkeys(("per_class", "per_class_positives", "per_class_n", "test", "val"), dict)
+    by_class = ("per_class", "per_class_positives", "per_class_auc_observed", "per_class_given")
+    kinds |= dict.fromkeys((*by_class, "test", "val"), dict)
     found, path = read_json(Path(run_dir) / "metrics.json", kinds), Path(run_dir) / "metrics.json"
-    numbers = {name: [value] for key in ("per_class", "per_class_positives") for name, value in (found.get(key) or {}).items()}
+    numbers = {name: [value] for key in by_class for name, value in (found.get(key) or {}).items()}
     numbers |= {name: value for key in ("test", "val") for name, value in (found.get(key) or {}).items() if isinstance(value, list)}
     for name, values in numbers.items():
         if not all(value is None or isinstance(value, (int, float)) for value in values):

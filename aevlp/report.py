@@ -42,15 +42,16 @@ def facts(
     scored = outcome.scored(run, split)
     cut = outcome.thresholds(run, names)
     if scored is not None and scored.probs.shape[1] != len(names):
-        raise AevlpError(f"{run / 'predictions.npz'}: holds {scored.probs.shape[1]} classes, but the run has {len(names)}; remove it")
+        raise AevlpError(f"{run / 'predictions.npz'}: has {scored.probs.shape[1]} classes, not {len(names)}; remove it")
     truth = bool(said["truth"]) and (scored is None or bool((scored.targets >= 0).any()))
+    classes = deploy.by_class(run, metrics, names, truth)
     labels = None if scored is None else scored.targets if truth or scored.observed is None else scored.observed == 1
     return SimpleNamespace(
         run=run, metrics=metrics, params=params, said=said, names=names, history=history, scored=scored, split=split,
         pictures={"test": "test", "val": "validation"}[split], truth=truth, labels=labels, thresholds_known=bool(cut),
-        cut=np.array([cut.get(n, 0.5) for n in names]), classes=deploy.by_class(run, metrics, names))
+        cut=np.array([cut.get(n, 0.5) for n in names]), classes=classes, score=classes.columns[0], positives=classes.iloc[:, 1].astype(float))
 
-
+# %% ../nbs/15f_report.ipynb #733ff81d
 def interval(
     statistic,  # of positions of pictures -> a number
     n: int,  # pictures
@@ -66,9 +67,10 @@ def interval(
 def mean_ap(
     probs,  # (n, C)
     targets,  # (n, C) in {1, 0, -1 unknown}
+    empty: float = float("nan"),  # AP of a class without positives; NaN leaves it out
 ) -> float:  # percent
-    "mAP over the classes that have a positive."
-    return 100 * average_precision(probs, targets, float("nan")).nanmean().item()
+    "mAP over the classes."
+    return 100 * average_precision(probs, targets, empty).nanmean().item()
 
 # %% ../nbs/15f_report.ipynb #45449b38
 _INK = "#010203"  # becomes the colour of the page's text
@@ -95,7 +97,7 @@ def curve(
             ax.legend()
     return fig
 
-
+# %% ../nbs/15f_report.ipynb #3b2376b3
 def svg(
     fig,  # of `curve`
     words: str,  # what it shows, for those who cannot see it
@@ -108,7 +110,8 @@ def svg(
     text = out.getvalue().decode()
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg"):], flags=re.S).replace(_INK, "currentColor")
     text = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{prefix}-", text)
-    text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1), count=1)
+    for size in ("width", "height"):
+        text = re.sub(rf'(<svg[^>]*?) {size}="[^"]*"', r"\1", text, count=1)
     return text.replace("<svg", f'<svg role="img" aria-label="{html.escape(words)}"', 1)
 
 # %% ../nbs/15f_report.ipynb #f366010d
@@ -131,24 +134,25 @@ def _headline(f) -> str:
         return _big(found[:1], "average precision against the given labels alone, in percent",
                     f"{on} whose full truth is unknown: what is there and was not given counts as wrong.")
     if key == "map":
-        found = found if found[1] is not None else map_interval(f.scored.probs, f.labels, float("nan" if _own(f) else 0))
-        clean, without = int((f.labels >= 0).all(1).sum()), int((f.classes.positives == 0).sum())
+        if found[1] is None:  # a run made before it kept the interval
+            found = map_interval(f.scored.probs, f.labels, float("nan" if _own(f) else 0)) or found
+        clean, without = int((f.labels >= 0).all(1).sum()), int((f.positives == 0).sum())
         on += "" if clean == n else f", with all labels known of {clean}, some or none of the others"
         on += f"; {without} of {len(f.names)} classes have no positive there" if without else ""
-        return _big(found, "mAP in percent", f"{on}. The interval is over pictures like these, not over seeds.") + _given_measures(f)
-    return _big(found, f"{MEASURES[key]} in percent", f"{on} of which only the given labels are known. Their truth is not, so "
-                f"nothing here is called mAP. {ASSUMPTION}") + _given_measures(f)
+        return _big(found, "mAP in percent", f"{on}. The interval is over pictures like these, not over seeds.")
+    return _big(found, f"{MEASURES[key]} in percent", f"{on} of which only the given labels are known. Their truth is "
+                f"not, so nothing here is called mAP. {ASSUMPTION}") + _given_measures(f)
 
-
+# %% ../nbs/15f_report.ipynb #558dc38b
 def _own(f) -> bool:
     return f.params["dataset"] == "csv"
 
 
 def _given_measures(f) -> str:
-    "What the given labels say, where it is not the headline."
+    "What else the given labels say."
     found = f.metrics.get(f.split) or {}
     lines = [[MEASURES[k], *(_number(v) for v in found[k])] for k in MEASURES if k != "map" and found.get(k)]
-    return table(["by the given labels", "", "from", "to"], lines) if lines and not f.truth else ""
+    return table(["by the given labels", "", "from", "to"], lines) if lines else ""
 
 
 def _big(found, unit, on) -> str:
@@ -156,16 +160,17 @@ def _big(found, unit, on) -> str:
     shown = f'<span class="quiet">95 % interval {low:.1f} to {high:.1f}</span>' if low is not None else ""
     return f'<p class="big"><strong>{value:.1f}</strong> {unit} {shown}</p><p>Measured on {text(on)}</p>'
 
-# %% ../nbs/15f_report.ipynb #558dc38b
+# %% ../nbs/15f_report.ipynb #1659ad3b
 def _curves(f) -> str:
     "Loss, and what the best epoch was chosen by."
     history, best = f.history, f.metrics.get("best_epoch")
     parts = []
-    for column, title in (("loss", "training loss"), ("val_map", "validation mAP (%)"), ("val_auc_observed", "validation AUC of given labels (%)")):
+    drawn = dict(loss="training loss", val_map="validation mAP (%)", val_auc_observed="validation AUC, given labels (%)")
+    for column, title in drawn.items():
         if column in history and history[column].notna().any():
-            drawn = svg(curve(history.epoch, {title: history[column]}, title, best), f"{title} over the epochs", column)
-            parts.append(f"<figure>{drawn}</figure>")
-    note = f'<p class="quiet">The dashed line is epoch {best}, whose weights are the run\'s.</p>' if parts and best else ""
+            lines = curve(history.epoch, {title: history[column]}, title, best)
+            parts.append(f"<figure>{svg(lines, f'{title} over the epochs', column)}</figure>")
+    note = f'<p class="quiet">Dashed: epoch {best}, whose weights are the run\'s.</p>' if parts and best else ""
     return f'<div class="side">{"".join(parts)}</div>{note}' if parts else ""
 
 
@@ -176,9 +181,9 @@ def _pseudo(f) -> str:
     if not lines:
         return ""
     drawn = svg(curve(f.history.epoch, lines, "pseudo-labels"), "precision and recall of pseudo-labels", "pseudo")
-    return f'<figure class="one">{drawn}</figure><p class="quiet">On labels of training pictures that were not given.</p>'
+    return f'<figure class="one">{drawn}</figure><p class="quiet">Of the labels that were not given, in training.</p>'
 
-
+# %% ../nbs/15f_report.ipynb #61e5e46f
 def _beside(f) -> str:
     "The student, CLIP alone, and both together."
     rows = [("the classifier", "test_map", "val_map"), ("CLIP alone", "clip_test_map", "clip_val_map"),
@@ -187,7 +192,7 @@ def _beside(f) -> str:
         return ""
     lines = [[title, _number(f.metrics.get(val)), _number(f.metrics.get(test))] for title, test, val in rows]
     weight = f.metrics.get("fusion_weight")
-    note = f"<p class=quiet>CLIP's logit counts {weight:g} times, chosen on validation.</p>" if weight is not None else ""
+    note = "" if weight is None else f"<p class=quiet>CLIP's logit counts {weight:g} times, chosen on validation.</p>"
     return table(["mAP (%)", "validation", "test"], lines) + note
 
 
@@ -198,7 +203,8 @@ def table(
 ) -> str:
     "A table that scrolls by itself on a narrow screen."
     cell = (lambda v: v) if raw else text
-    lines = "".join(f"<tr><th scope=row>{cell(first)}</th>{''.join(f'<td>{cell(v)}</td>' for v in rest)}</tr>" for first, *rest in rows)
+    line = lambda name, *rest: f"<tr><th scope=row>{cell(name)}</th>{''.join(f'<td>{cell(v)}</td>' for v in rest)}</tr>"
+    lines = "".join(line(*row) for row in rows)
     top = "".join(f"<th scope=col>{text(h)}</th>" for h in head)
     return f'<div class="wide"><table><thead><tr>{top}</tr></thead><tbody>{lines}</tbody></table></div>'
 
@@ -206,21 +212,23 @@ def table(
 def _classes(f) -> str:
     "Every class: average precision, positives, threshold, and what it gives on the scored pictures."
     source = f.said.get("thresholds_from") or {}
-    head = ["class", "AP (%)", "positives" if f.truth else "given", "threshold", *(["precision %", "recall %"] if f.truth else ["given that pass, %"]), "says"]
+    by_truth = ["precision %", "recall %"] if f.truth else ["given that pass, %"]
+    score = "AP (%)" if f.score == "average precision" else "AUC, given (%)"
+    head = ["class", score, "positives" if f.truth else "given", "threshold", *by_truth, "says"]
     rows = []
-    order = f.classes["average precision"].fillna(-1).to_numpy().argsort(kind="stable")[::-1]
+    order = f.classes[f.score].fillna(-1).to_numpy().argsort(kind="stable")[::-1]
     for c in order:
-        ap, line = f.classes["average precision"].iloc[c], [text(f.names[c])]
+        ap, line = f.classes[f.score].iloc[c], [text(f.names[c])]
         line.append("–" if ap != ap else f'<span class="bar"><i style="width:{ap:.0f}%"></i></span> {ap:.1f}')
         numbers = _at_threshold(f, c)
-        positives = f.classes.positives.iloc[c]
+        positives = f.positives.iloc[c]
         line.append("–" if positives != positives or positives is None else str(int(positives)))
         by = {"given": "*", "nothing": "†"}.get(source.get(f.names[c]), "")
         line.append(f"{f.cut[c]:.2f}{by}" if f.thresholds_known else "–")
         rows.append([*line, *numbers])
-    notes = {"given": "* passed by nine of ten given labels of the validation split", "nothing": "† no label to choose it by"}
+    notes = {"given": "* passed by nine of ten given validation labels", "nothing": "† no label to choose it by"}
     notes = [words for by, words in notes.items() if by in source.values()]
-    n = "" if f.scored is None else f"Of {len(f.scored.probs)} {f.pictures} pictures. “Says”: to how many the class is given."
+    n = "" if f.scored is None else f"{len(f.scored.probs)} {f.pictures} pictures. “Says”: how many get the class."
     return table(head, rows, raw=True) + f'<p class="quiet">{n} {"; ".join(notes)}</p>'
 
 
@@ -243,7 +251,7 @@ def margins(
     odds = lambda p: np.log(np.clip(p, 1e-6, 1 - 1e-6)) - np.log1p(-np.clip(p, 1e-6, 1 - 1e-6))
     return odds(np.asarray(probs, dtype=np.float64)) - odds(np.asarray(cut, dtype=np.float64))
 
-
+# %% ../nbs/15f_report.ipynb #5ad860f7
 def surprises(
     probs,  # (n, C)
     targets,  # (n, C) in {1, 0, -1 unknown}
@@ -301,7 +309,7 @@ def _card(f, i, lines) -> str:
     return (f'<figure class="card">{small or "<div class=gone>picture not found</div>"}<figcaption>{"<br>".join(lines)}'
             f'<span class="quiet">{text(name)}</span></figcaption></figure>')
 
-
+# %% ../nbs/15f_report.ipynb #131a1fbe
 def _surprising(f) -> str:
     "Sure and wrong; without truth: given and not seen."
     if f.scored is None or not f.thresholds_known:
@@ -309,14 +317,13 @@ def _surprising(f) -> str:
     given = f.labels if f.truth else np.where(f.labels == 1, 1, -1)
     cards = []
     for i, c in surprises(f.scored.probs, given, f.cut):
-        p, name = f.scored.probs[i, c], f"<b>{text(f.names[c])}</b>"
-        why = "is there" if f.truth else "was given"
-        rank = int((f.scored.probs[i] > p).sum()) + 1
-        cards.append(_card(f, i, [f"{name} {why}, ranked {rank} of {len(f.names)} ({p:.2f}, threshold {f.cut[c]:.2f})" if given[i, c] == 1
-                                  else f"{name} {p:.2f} (threshold {f.cut[c]:.2f}), but is not there"]))
+        p, rank = f.scored.probs[i, c], int((f.scored.probs[i] > f.scored.probs[i, c]).sum()) + 1
+        missed = f"{'is there' if f.truth else 'was given'}, ranked {rank} of {len(f.names)} ({p:.2f}, needs {f.cut[c]:.2f})"
+        said = missed if given[i, c] == 1 else f"{p:.2f} (needs {f.cut[c]:.2f}), but is not there"
+        cards.append(_card(f, i, [f"<b>{text(f.names[c])}</b> {said}"]))
     return f'<div class="cards">{"".join(cards)}</div>' if cards else "<p>No mistake at the thresholds.</p>"
 
-
+# %% ../nbs/15f_report.ipynb #0eb0b732
 def _worst(f) -> str:
     "Most mistakes in one picture; without truth: what is said with most confidence and was not given."
     if f.scored is None or not f.thresholds_known:
@@ -326,15 +333,16 @@ def _worst(f) -> str:
         for i in worst(f.scored.probs, f.labels, f.cut):
             said, true = f.scored.probs[i] >= f.cut, f.labels[i]
             names = lambda mask: ", ".join(text(n) for n, yes in zip(f.names, mask, strict=True) if yes) or "–"
-            cards.append(_card(f, i, [f"wrong: <b>{names(said & (true == 0))}</b>", f"missed: <b>{names(~said & (true == 1))}</b>",
-                                      f"right: {names(said & (true == 1))}"]))
+            wrong, missed, right = said & (true == 0), ~said & (true == 1), said & (true == 1)
+            cards.append(_card(f, i, [f"wrong: <b>{names(wrong)}</b>", f"missed: <b>{names(missed)}</b>",
+                                      f"right: {names(right)}"]))
     else:
         for i, c in surprises(f.scored.probs, np.where(f.labels == 1, -1, 0), f.cut):
-            cards.append(_card(f, i, [f"<b>{text(f.names[c])}</b> {f.scored.probs[i, c]:.2f} (threshold {f.cut[c]:.2f}), not given: "
-                                      "perhaps it is there"]))
+            sure = f"{f.scored.probs[i, c]:.2f} (needs {f.cut[c]:.2f})"
+            cards.append(_card(f, i, [f"<b>{text(f.names[c])}</b> {sure}, not given: perhaps it is there"]))
     return f'<div class="cards">{"".join(cards)}</div>' if cards else ""
 
-# %% ../nbs/15f_report.ipynb #131a1fbe
+# %% ../nbs/15f_report.ipynb #a100e5c8
 def together(
     said,  # (n, C) bool: labels given
     truth=None,  # (n, C) in {1, 0, -1}
@@ -352,14 +360,15 @@ def together(
             rows.append((a, b, both[a, b], both[a, b] * len(said) / (single[a] * single[b]), true))
     return pd.DataFrame(rows, columns=["first", "second", "pictures", "lift", "truly"])
 
-
+# %% ../nbs/15f_report.ipynb #370f6beb
 def _together(f) -> str:
     if f.scored is None or not f.thresholds_known:
         return ""
     pairs = together(f.scored.probs >= f.cut, f.labels if f.truth else None)
-    rows = [[f"{f.names[int(r.first)]} with {f.names[int(r.second)]}", int(r.pictures), f"{r.lift:.1f}", *([int(r.truly)] if f.truth else [])]
-            for r in pairs.itertuples()]
-    return table(["pair", "given to", "times by chance", *(["truly together"] if f.truth else [])], rows) if rows else ""
+    rows = [[f"{f.names[int(r.first)]} with {f.names[int(r.second)]}", int(r.pictures), f"{r.lift:.1f}",
+             *([int(r.truly)] if f.truth else [])] for r in pairs.itertuples()]
+    head = ["pair", "given to", "times by chance", *(["truly together"] if f.truth else [])]
+    return table(head, rows) if rows else ""
 
 # %% ../nbs/15f_report.ipynb #eaafe0d3
 def advice(
@@ -377,22 +386,22 @@ def _some(names, most=6) -> str:
 
 def _about_labels(f) -> list:
     "What the labels lack."
-    said, few = [], f.classes.positives.fillna(np.inf)
+    said, few = [], f.positives.fillna(np.inf)
     if not f.truth:
         said.append("The truth of no picture is known. Look at about a hundred test and validation pictures with "
                     f"`aevlp app --review --run {f.run.name}`: then mAP can be measured and thresholds chosen by it.")
     if none := list(f.classes.index[few == 0]):
-        said.append(f"No {f.pictures} picture shows {_some(none)}: of {'it' if len(none) == 1 else 'them'} nothing is known; add pictures to that split.")
+        said.append(f"No {f.pictures} picture shows {_some(none)}, of which nothing is known: add some to it.")
     if rare := list(f.classes.index[(few > 0) & (few < 10)]):
-        said.append(f"Fewer than ten {f.pictures} pictures show {_some(rare)}: the numbers of {'this class' if len(rare) == 1 else 'these classes'} may be chance.")
+        said.append(f"Fewer than ten {f.pictures} pictures show {_some(rare)}: numbers from so few may be chance.")
     given = (f.said.get("given") or {}).get("train") or {}
     if unseen := [n for n in f.names if given.get(n) == 0]:
-        said.append(f"No training picture has the label {_some(unseen)}: the classifier cannot have learned {'it' if len(unseen) == 1 else 'them'} from labels.")
+        said.append(f"No training picture has the label {_some(unseen)}, which labels cannot have taught.")
     if scarce := [n for n in f.names if 0 < given.get(n, 10) < 10]:
         said.append(f"Fewer than ten training labels are given for {_some(scarce)}: more of these are worth most.")
     return said
 
-
+# %% ../nbs/15f_report.ipynb #2fad22f8
 def _about_training(f) -> list:
     "Whether it stopped too early or too late, and whether validation speaks for the test."
     best, epochs = f.metrics.get("best_epoch"), f.metrics.get("epochs_run")
@@ -403,7 +412,7 @@ def _about_training(f) -> list:
         said.append(f"Epoch {best} of {epochs} was the best: it unlearned after that; try a lower `lr` and `head_lr`.")
     val, test = f.metrics.get("val_map"), f.metrics.get("test_map")
     if val is not None and test is not None and val - test > 8:
-        said.append(f"Validation stands {val - test:.0f} points above test: the test pictures are of another kind, or the splits are small.")
+        said.append(f"Validation stands {val - test:.0f} points above test: test pictures are of another kind, or few.")
     return said
 
 
@@ -413,9 +422,11 @@ def _about_pseudo(f) -> list:
     if precision is None or recall is None:
         return []
     if precision < 0.7:
-        return [f"Of the pseudo-labels {100 * precision:.0f} % were right: a higher `global_threshold` makes them fewer and better."]
+        return [f"Of the pseudo-labels {100 * precision:.0f} % were right: "
+                "a higher `global_threshold` makes them fewer and better."]
     if recall < 0.3:
-        return [f"The pseudo-labels found {100 * recall:.0f} % of the missing positives: a lower `global_threshold` finds more."]
+        return [f"The pseudo-labels found {100 * recall:.0f} % of the missing positives: "
+                "a lower `global_threshold` finds more."]
     return []
 
 
@@ -425,31 +436,42 @@ def _about_fusion(f) -> list:
     if fused is not None and alone is not None and fused - alone > 1:
         return [f"With CLIP's opinion the test mAP is {fused:.1f} instead of {alone:.1f}: use both when predicting."]
     if clip is not None and alone is not None and clip - alone > 1:
-        return [f"CLIP without training reaches {clip:.1f}, the classifier {alone:.1f}: it has not learned what its teacher knows."]
+        return [f"CLIP without training reaches {clip:.1f}, the classifier {alone:.1f}: it lacks what CLIP knows."]
     return []
 
 # %% ../nbs/15f_report.ipynb #b129ec02
 _STYLE = """
 :root{color-scheme:light dark;--ink:#1b1f23;--ground:#fff;--quiet:#59636e;--line:#d5dae0;--soft:#f3f5f7;--bar:#0072b2}
-@media(prefers-color-scheme:dark){:root{--ink:#e6e9ec;--ground:#14171a;--quiet:#9aa4ae;--line:#343b42;--soft:#1e2328;--bar:#56b4e9}}
-*{box-sizing:border-box} body{font:16px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--ground);max-width:64rem;
-margin:0 auto;padding:1rem} h1{font-size:1.5rem;overflow-wrap:anywhere;margin:.5rem 0} h2{font-size:1.2rem;margin:2rem 0 .5rem}
-.big{font-size:1.1rem;margin:.5rem 0} .big strong{font-size:2.8rem;line-height:1.1;margin-right:.3rem} .quiet{color:var(--quiet);font-size:.9rem}
-.side{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,18rem),1fr));gap:1rem} figure{margin:0} .one{max-width:32rem}
-svg{display:block;width:100%;height:auto;font-family:system-ui,sans-serif} .wide{overflow-x:auto} table{border-collapse:collapse;width:100%}
-th,td{padding:.3rem .6rem;text-align:right;border-bottom:1px solid var(--line);font-variant-numeric:tabular-nums;white-space:nowrap}
-th:first-child,td:first-child{text-align:left;white-space:normal;overflow-wrap:break-word;min-width:6rem} thead th{color:var(--quiet);font-weight:500;font-size:.85rem}
-tbody th{font-weight:500} .bar{display:inline-block;width:5rem;height:.6rem;background:var(--soft);border-radius:.3rem;overflow:hidden}
-.bar i{display:block;height:100%;background:var(--bar)} .cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(10rem,1fr));gap:.8rem}
-.card{background:var(--soft);border-radius:.5rem;overflow:hidden;font-size:.85rem;line-height:1.35;overflow-wrap:anywhere} .card img,.gone{display:block;
-width:100%;aspect-ratio:1;object-fit:contain;background:#0002} .gone{display:grid;place-items:center;color:var(--quiet)} figcaption{padding:.5rem}
-figcaption .quiet{display:block;font-size:.75rem;margin-top:.2rem} code{background:var(--soft);padding:.1rem .3rem;border-radius:.2rem;overflow-wrap:anywhere}
-details{margin:1rem 0} summary{cursor:pointer} .note{border-left:.25rem solid #d55e00;padding:.3rem .8rem;background:var(--soft)}
-@media(max-width:30rem){.cards{grid-template-columns:1fr 1fr} .bar{display:none} th,td{padding:.3rem .25rem;font-size:.85rem}
-thead th{white-space:normal;font-size:.75rem} th:first-child,td:first-child{min-width:5.2rem}}
+@media(prefers-color-scheme:dark){:root{--ink:#e6e9ec;--ground:#14171a;--quiet:#9aa4ae;--line:#343b42;--soft:#1e2328;
+--bar:#56b4e9}}
+*{box-sizing:border-box}
+body{font:16px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--ground);max-width:64rem; margin:0
+auto;padding:1rem} h1{font-size:1.5rem;overflow-wrap:anywhere;margin:.5rem 0} h2{font-size:1.2rem;margin:2rem 0 .5rem}
+.big{font-size:1.1rem;margin:.5rem 0} .big strong{font-size:2.8rem;line-height:1.1;margin-right:.3rem}
+.quiet{color:var(--quiet);font-size:.9rem}
+.side{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,18rem),1fr));gap:1rem} figure{margin:0}
+.one{max-width:32rem} svg{display:block;width:100%;height:auto;font-family:system-ui,sans-serif}
+.wide{overflow-x:auto} table{border-collapse:collapse;width:100%}
+th,td{padding:.3rem .6rem;text-align:right;border-bottom:1px solid
+var(--line);font-variant-numeric:tabular-nums;white-space:nowrap}
+th:first-child,td:first-child{text-align:left;white-space:normal;overflow-wrap:break-word;min-width:6rem}
+thead th{color:var(--quiet);font-weight:500;font-size:.85rem} tbody th{font-weight:500}
+.bar{display:inline-block;width:5rem;height:.6rem;background:var(--soft);border-radius:.3rem;overflow:hidden}
+.bar i{display:block;height:100%;background:var(--bar)}
+.cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(10rem,1fr));gap:.8rem}
+.card{background:var(--soft);border-radius:.5rem;overflow:hidden;font-size:.85rem;line-height:1.35;
+overflow-wrap:anywhere}
+.card img,.gone{display:block; width:100%;aspect-ratio:1;object-fit:contain;background:#0002}
+.gone{display:grid;place-items:center;color:var(--quiet)} figcaption{padding:.5rem}
+figcaption .quiet{display:block;font-size:.75rem;margin-top:.2rem}
+code{background:var(--soft);padding:.1rem .3rem;border-radius:.2rem;overflow-wrap:anywhere} details{margin:1rem 0}
+summary{cursor:pointer} .note{border-left:.25rem solid #d55e00;padding:.3rem .8rem;background:var(--soft)}
+@media(max-width:30rem){.cards{grid-template-columns:1fr 1fr} .bar{display:none} th,td{padding:.3rem
+.25rem;font-size:.85rem} thead th{white-space:normal;font-size:.75rem}
+th:first-child,td:first-child{min-width:5.2rem}}
 """
 
-
+# %% ../nbs/15f_report.ipynb #edec2ad0
 def page(
     title: str,
     body: str,  # HTML
@@ -464,7 +486,7 @@ def _code(sentence) -> str:
     "A sentence whose commands stand in backticks."
     return re.sub(r"`([^`]+)`", r"<code>\1</code>", text(sentence))
 
-
+# %% ../nbs/15f_report.ipynb #1bc18ec9
 def of_run(
     run,  # folder, name, or beginning of a name
     out=None,  # default report.html in the run's folder
@@ -475,18 +497,21 @@ def of_run(
     out, f.shown = outcome.keep_foreign(out or f.run / "report.html", outcome.is_page), []
     method = runs.registry.get(f.params["method"]).title
     learned = f"{method} on {f.said.get('dataset') or f.params['dataset']}, seed {f.params['seed']}"
-    pictures = {"Most surprising pictures": _surprising(f), "Pictures with most mistakes" if f.truth else "Perhaps missing labels": _worst(f)}
-    parts = {"": _headline(f), "What to do next": f"<ul>{''.join(f'<li>{_code(s)}</li>' for s in advice(f))}</ul>", "Learning": _curves(f),
-             "Classes": _classes(f), **pictures, "Given together": _together(f), "Pseudo-labels": _pseudo(f), "Beside CLIP": _beside(f),
+    parts = {"What to do next": f"<ul>{''.join(f'<li>{_code(s)}</li>' for s in advice(f))}</ul>",
+             "Learning": _curves(f), "Classes": _classes(f), "Most surprising pictures": _surprising(f),
+             "Pictures with most mistakes" if f.truth else "Perhaps missing labels": _worst(f),
+             "Given together": _together(f), "Pseudo-labels": _pseudo(f), "Beside CLIP": _beside(f),
              "Settings": _settings(f)}
     notes = [f"Since the run was made: {f.said['note']}."] if f.said.get("note") else []
-    notes += [f"{f.shown.count(False)} of {len(f.shown)} pictures are not where they were and are not shown."] if False in f.shown else []
-    top = f"<h1>{text(f.run.name)}</h1><p class=quiet>{text(learned)}</p>" + "".join(f'<p class="note">{text(n)}</p>' for n in notes)
-    body = "".join((f"<section><h2>{title}</h2>" if title else "<section>") + f"{part}</section>" for title, part in parts.items() if part)
+    if gone := f.shown.count(False):
+        notes.append(f"{gone} of {len(f.shown)} pictures are not where they were and are not shown.")
+    top = f"<h1>{text(f.run.name)}</h1><p class=quiet>{text(learned)}</p>"
+    top += "".join(f'<p class="note">{text(n)}</p>' for n in notes) + _headline(f)
+    body = "".join(f"<section><h2>{title}</h2>{part}</section>" for title, part in parts.items() if part)
     write_text(out, page(f.run.name, top + body))
     return out
 
-
+# %% ../nbs/15f_report.ipynb #14af6ccd
 def of(
     what,  # a run, or a sweep: a YAML file or the name of a shipped one
     dataset=None,  # of a sweep, instead of those in it
@@ -501,18 +526,19 @@ def of(
         runs.experiment(what, ".yaml")
     except AevlpError:
         if any(v is not None for v in (dataset, root, csv, seeds)):
-            raise AevlpError(f"{what} is no sweep; dataset, root, csv and seeds can be given for a sweep only") from None
+            raise AevlpError(f"{what} is no sweep; dataset, root, csv and seeds are for sweeps only") from None
         return of_run(what, out, folder)
     return results.report(what, dataset, root, csv, seeds, folder, out)
 
-
+# %% ../nbs/15f_report.ipynb #bb06edc9
 def picture(
     f: SimpleNamespace,  # of `facts`
     top: int = 24,  # classes, at most
 ):
     "Learning and average precision per class, for a card."
-    scored = f.classes["average precision"].dropna().sort_values()
-    shown, column = scored.iloc[-top:], "val_map" if "val_map" in f.history and f.history.val_map.notna().any() else "loss"
+    scored = f.classes[f.score].dropna().sort_values()
+    measured = "val_map" in f.history and f.history.val_map.notna().any()
+    shown, column = scored.iloc[-top:], "val_map" if measured else "loss"
     with plots.style():
         fig, (left, right) = plots.canvas(1, 2, (9, max(3.4, 1 + 0.24 * len(shown))))
         if column in f.history:
@@ -520,12 +546,13 @@ def picture(
         left.set(xlabel="epoch", title={"val_map": "validation mAP (%)", "loss": "training loss"}[column])
         left.xaxis.set_major_locator(MaxNLocator(integer=True))
         right.barh(range(len(shown)), shown, color=plots.SKY)
-        right.set_yticks(range(len(shown)), [" ".join(n.split())[:32] for n in shown.index], fontsize=9, parse_math=False)
-        right.set(xlim=(0, 100), title="average precision (%)" + (f", best {top}" if len(scored) > top else ""))
+        names = [" ".join(n.split())[:32] for n in shown.index]
+        right.set_yticks(range(len(shown)), names, fontsize=9, parse_math=False)
+        right.set(xlim=(0, 100), title=f"{f.score} (%)" + (f", best {top}" if len(scored) > top else ""))
         right.grid(axis="y", visible=False)
     return fig
 
-
+# %% ../nbs/15f_report.ipynb #5b4f844e
 def beside(
     run,  # folder of a run
     card,  # the card that links to them
@@ -541,12 +568,14 @@ def beside(
 
 def _settings(f) -> str:
     "Everything that was set, folded away."
-    rows = [[k, v] for k, v in {**{k: v for k, v in f.params.items() if k not in ("recipe", "overrides")}, **f.params["recipe"]}.items()]
+    rows = list(_flat(f).items())
     return f"<details><summary>{len(rows)} settings</summary>{table(['setting', 'value'], rows)}</details>"
 
 # %% ../nbs/15f_report.ipynb #7d759110
-_RESULTS = ("test_map", "val_map", "clip_test_map", "fused_test_map", "average_precision", "average_recall", "accumulated_recall",
-            "best_epoch", "epochs_run", "seconds")
+_RESULTS = dict(test_map="test mAP", val_map="validation mAP", clip_test_map="CLIP alone, test mAP",
+                fused_test_map="with CLIP, test mAP", average_precision="pseudo-label precision",
+                average_recall="pseudo-label recall", accumulated_recall="recall so far", best_epoch="best epoch",
+                epochs_run="epochs", seconds="seconds")
 
 
 def compare(
@@ -558,8 +587,8 @@ def compare(
     labels = [f.run.name for f in found]
     if len(set(labels)) < 2:
         raise AevlpError("a comparison needs two runs or more")
-    return dict(settings=_different([_flat(f) for f in found], labels), results=_results(found, labels), classes=_class_table(found, labels),
-                pictures=_over_pictures(found), seeds=_over_seeds(found))
+    return dict(settings=_different([_flat(f) for f in found], labels), results=_results(found, labels),
+                classes=_class_table(found, labels), pictures=_over_pictures(found), seeds=_over_seeds(found))
 
 
 def _flat(f) -> dict:
@@ -567,33 +596,38 @@ def _flat(f) -> dict:
     outer = {k: v for k, v in f.params.items() if k not in ("recipe", "overrides")}
     return outer | f.params["recipe"]
 
-
+# %% ../nbs/15f_report.ipynb #6d053578
 def _different(rows, labels) -> pd.DataFrame:
     "What is not the same everywhere, one column a run."
     keys = list(dict.fromkeys(k for row in rows for k in row))
     kept = [k for k in keys if len({json.dumps(row.get(k), sort_keys=True, default=str) for row in rows}) > 1]
-    return pd.DataFrame({label: [str(row.get(k)) for k in kept] for label, row in zip(labels, rows, strict=True)}, index=pd.Index(kept, name="setting"))
+    columns = {label: [str(row.get(k)) for k in kept] for label, row in zip(labels, rows, strict=True)}
+    return pd.DataFrame(columns, index=pd.Index(kept, name="setting"))
 
 
 def _results(found, labels) -> pd.DataFrame:
     "Numbers of each run, one column a run."
-    rows = [{k: f.metrics.get(k) for k in _RESULTS}
-            | {f"{s} {k}": v[0] for s in ("val", "test") for k, v in (f.metrics.get(s) or {}).items() if isinstance(v, list) and v} for f in found]
+    rows = [{title: f.metrics.get(k) for k, title in _RESULTS.items()}
+            | {f"{split}, {MEASURES[k]}": v[0] for split, key in (("test", "test"), ("validation", "val"))
+               for k, v in (f.metrics.get(key) or {}).items() if k in MEASURES and k != "map" and v} for f in found]
     table = pd.DataFrame(rows, index=labels).T.rename_axis("result")
     return table[table.notna().any(axis=1)].astype(float)
 
-
+# %% ../nbs/15f_report.ipynb #6ae40ab5
 def _class_table(found, labels) -> pd.DataFrame:
     "Average precision of the classes, those that differ most first."
-    table = pd.concat([f.classes["average precision"].rename(label) for f, label in zip(found, labels, strict=True)], axis=1)
+    columns = [f.classes[f.score].rename(label) for f, label in zip(found, labels, strict=True)]
+    table = pd.concat(columns, axis=1)
     spread = (table.max(axis=1) - table.min(axis=1)).fillna(-1)
     return table.loc[spread.sort_values(ascending=False, kind="stable").index].rename_axis("class")
 
-# %% ../nbs/15f_report.ipynb #6d053578
+# %% ../nbs/15f_report.ipynb #eb314f30
 def _same_pictures(a, b) -> bool:
     "Whether two runs were scored on the same pictures with the same labels."
-    return (a.scored is not None and b.scored is not None and a.truth and b.truth and a.names == b.names and a.split == b.split
-            and a.scored.names == b.scored.names and np.array_equal(a.scored.targets, b.scored.targets))
+    if a.scored is None or b.scored is None or not (a.truth and b.truth):
+        return False
+    return ((a.names, a.split, a.scored.names) == (b.names, b.split, b.scored.names)
+            and np.array_equal(a.scored.targets, b.scored.targets))
 
 
 def _over_pictures(found) -> pd.DataFrame:
@@ -602,12 +636,15 @@ def _over_pictures(found) -> pd.DataFrame:
     for f in found[1:]:
         if not _same_pictures(first, f):
             continue
-        difference = lambda i, f=f: mean_ap(f.scored.probs[i], f.scored.targets[i]) - mean_ap(first.scored.probs[i], f.scored.targets[i])
+        empty, truth = float("nan" if _own(f) else 0), f.scored.targets
+        difference = lambda i, f=f: (mean_ap(f.scored.probs[i], truth[i], empty)
+                                     - mean_ap(first.scored.probs[i], truth[i], empty))
         n = len(f.scored.probs)
-        rows.append((f.run.name, first.run.name, difference(np.arange(n)), *interval(difference, n, 200 if f.scored.probs.size < 10**6 else 40), n))
+        draws = 200 if f.scored.probs.size < 10**6 else 40
+        rows.append((f.run.name, first.run.name, difference(np.arange(n)), *interval(difference, n, draws), n))
     return pd.DataFrame(rows, columns=["run", "minus", "mAP", "low", "high", "pictures"]).set_index("run")
 
-
+# %% ../nbs/15f_report.ipynb #468cd504
 _SEEDED = ("seed", "view_seed", "version", "commit", "torch", "python", "device")
 
 
@@ -627,9 +664,11 @@ def _over_seeds(found) -> pd.DataFrame:
     table.iloc[0, 1:3] = np.nan
     return table
 
-
-TITLES = dict(settings="Settings that differ", results="Results", pictures="Difference in mAP over the same test pictures (95 % interval)",
-               seeds="Over seeds: mean test mAP, difference from the first, paired t-test", classes="Average precision per class")
+# %% ../nbs/15f_report.ipynb #1a97105d
+TITLES = dict(
+    settings="Settings that differ", results="Results", classes="Average precision per class",
+    pictures="Difference in mAP over the same pictures, with its 95 % interval",
+    seeds="Over seeds: mean test mAP, difference from the first, paired t-test")
 
 
 def compared_page(
@@ -641,7 +680,8 @@ def compared_page(
     for key, title in TITLES.items():
         frame = found[key]
         if len(frame):
-            rows = [[name, *(_number(v, 2) if isinstance(v, float) else v for v in row)] for name, row in zip(frame.index, frame.to_numpy(object), strict=True)]
+            shown = lambda v: _number(v, 2) if isinstance(v, float) else v
+            rows = [[name, *map(shown, row)] for name, row in zip(frame.index, frame.to_numpy(object), strict=True)]
             parts.append(f"<section><h2>{title}</h2>{table([frame.index.name or '', *frame.columns], rows)}</section>")
     write_text(out, page("Runs compared", "".join(parts)))
     return out

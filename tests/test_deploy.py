@@ -124,7 +124,7 @@ def test_the_card_says_what_a_reader_must_know(run):
     text = deploy.card(run).read_text()
     metrics = json.loads((run / "metrics.json").read_text())
     line = next(line.split() for line in text.splitlines() if line.startswith("| mAP, %"))
-    assert line[-2] == f"{metrics['test_map']:.2f}" and "heart" in text and "`backbone=glyphnet`" in text
+    assert f"{metrics['test_map']:.2f}" in line and "heart" in text and "`backbone=glyphnet`" in text
     assert (run / "report.html").is_file() and Image.open(run / "report.png").format == "PNG"
     assert (
         all(f"## {part}" in text for part in ("Data", "Method", "Results", "Limits", "Settings")) and "{run" not in text
