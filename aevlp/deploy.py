@@ -25,7 +25,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from . import methods, outcome, plots, runs, scorers, train
+from . import benchmarks, methods, outcome, plots, runs, scorers, train
 from .data import FORMATS, AevlpError, AevlpWarning, LabelledImages, decode, made_here, replacing, write_json, write_text
 from .frozen import whole
 from .metrics import ASSUMPTION, MEASURES
@@ -54,7 +54,7 @@ def about(
     names, found = train._settings(run / "best.safetensors")["class_names"], outcome.about(run)
     if found and found["class_names"] != names:
         raise AevlpError(f"{run / 'run.json'}: class_names are not those of best.safetensors; put them right, or remove the file")
-    own = runs.read_params(run)["dataset"] == "csv"
+    own = runs.read_params(run)["dataset"] in benchmarks.OWN
     data, why = unchanged(run) if own or not found else (None, None)
     found = found or (outcome.describe(data) if data else dict(class_names=names, truth=False if own else True, summary=[]))
     return found | ({"note": why} if why else {})
