@@ -196,7 +196,8 @@ def _differences(table, baseline, metric) -> dict:  # label -> text
     said = {baseline: ""}
     for label, (mean, _, n) in found.items():
         p = corrected[label]
-        said[label] = "–" if n == 0 else f"{mean:+.2f} (p = {p:.3f})" if p == p else f"{mean:+.2f} (n = {n} < 3: no test)"
+        sure = "p < 0.001" if p < 0.0005 else f"p = {p:.3f}"
+        said[label] = "–" if n == 0 else f"{mean:+.2f} ({sure})" if p == p else f"{mean:+.2f} (n = {n} < 3: no test)"
     return said
 
 # %% ../nbs/15b_results.ipynb #e4a17e47
@@ -409,7 +410,8 @@ def points(
     lines = []
     for label, group in table.groupby("label", sort=False):
         price = prices.loc[label]
-        seconds = 1.0 if price.kind == "no training" else max(group.seconds.astype(float).mean(), 1.0)
+        spent = group.get("seconds", pd.Series(dtype=float)).astype(float).mean()
+        seconds = 1.0 if price.kind == "no training" else max(spent, 1.0)
         for column, cost, also in (("test_map", "milliseconds", ""), ("fused_test_map", "milliseconds with CLIP", " + CLIP")):
             values = group[column].astype(float).dropna() if column in group else pd.Series(dtype=float)
             if len(values) and pd.notna(price[cost]):
