@@ -118,7 +118,7 @@ def test_the_command_trains_on_an_official_tree_and_names_what_is_missing_before
     with pytest.raises(SystemExit) as end:
         cli.main(command)
     said = capsys.readouterr().err
-    assert end.value.code == 1 and kept.name in said and len(said.strip().splitlines()) == 1, said
+    assert end.value.code == 2 and kept.name in said and len(said.strip().splitlines()) == 1, said
     assert not list((tmp_path / "runs").rglob("history.csv"))
 
     lost.rename(kept)

@@ -316,8 +316,8 @@ class Elsewhere:
     def submit(self, function, params, *rest, **_):
         self.busy -= 1
         state = "busy" if self.busy >= 0 else "done"
-        outcome = dict(run=runs.run_name(params), state=state, error=None)
-        return type("Future", (), dict(done=lambda s: True, status="finished", result=lambda s: outcome))()
+        outcomes = [dict(run=runs.run_name(p), state=state, error=None) for p in params]
+        return type("Future", (), dict(done=lambda s: True, status="finished", result=lambda s: outcomes))()
 
 
 def test_a_run_that_is_busy_elsewhere_is_not_lost(tmp_path, monkeypatch):
