@@ -312,9 +312,10 @@ def _cost_panel(ax, table, cost, title):
     best = table[front(table[cost], table['map'])].sort_values(cost)
     ax.step(best[cost], best['map'], where='post', color='#777777', linewidth=1, linestyle=(0, (4, 2)), zorder=0, label='nothing beats it')
     for row in best.itertuples():
-        ax.annotate(row.label, (getattr(row, cost), row.map), xytext=(-5, 8), textcoords='offset points', fontsize=9, ha='right')
+        ax.annotate(row.label, (getattr(row, cost), row.map), xytext=(8, -3), textcoords='offset points', fontsize=9, zorder=1,
+                    bbox=dict(facecolor='white', edgecolor='none', alpha=0.75, pad=1))
     ax.set(xscale='log', xlabel=title)
-    ax.margins(x=0.22, y=0.1)
+    ax.margins(x=0.12, y=0.1)
     ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if table[cost].max() < 50 * table[cost].min() else (1,)))
     ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f'{v:g}'))
     ax.xaxis.set_minor_formatter('')
