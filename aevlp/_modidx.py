@@ -499,6 +499,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'aevlp.methods.Objective.end_epoch': ('methods.html#objective.end_epoch', 'aevlp/methods.py'),
                                'aevlp.methods.Objective.learn': ('methods.html#objective.learn', 'aevlp/methods.py'),
                                'aevlp.methods.Objective.load_state_dict': ('methods.html#objective.load_state_dict', 'aevlp/methods.py'),
+                               'aevlp.methods.Objective.logits': ('methods.html#objective.logits', 'aevlp/methods.py'),
                                'aevlp.methods.Objective.loss': ('methods.html#objective.loss', 'aevlp/methods.py'),
                                'aevlp.methods.Objective.needs_predictions': ( 'methods.html#objective.needs_predictions',
                                                                               'aevlp/methods.py'),

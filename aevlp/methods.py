@@ -53,6 +53,7 @@ class Objective:
         for k in self.state: getattr(self, k).data.copy_(state[k])
 
     def rows(self, batch): return batch.rows.to(self.device)
+    def logits(self, output): return logits_of(output)
 
 def merged(observed, pseudo):  # (B, C), (B, C)
     "Observed labels, pseudo-labels where nothing was observed"

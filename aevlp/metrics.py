@@ -15,7 +15,7 @@ def average_precision(
     scores,  # (N, C) floats, higher is more positive; tensor or array
     targets,  # (N, C) 1 = positive, -1 = unknown, left out of its class; anything else = negative
     empty=0.,  # AP of a class without positives
-) -> 'Tensor':  # (C,) float64 in [0, 1]
+):  # (C,) float64 tensor in [0, 1]
     "Average precision of every class at once, tied scores grouped"
     import torch  # here and below: a table of results needs this module's words, and no torch
     scores, targets = torch.as_tensor(scores), torch.as_tensor(targets)

@@ -197,7 +197,15 @@ def vendor(static):
     return True
 
 
-TUTORIALS = ("your_pictures", "explore", "review", "look_at_100", "reproduce", "cluster", "own_method")  # as one needs them
+TUTORIALS = (
+    "your_pictures",
+    "explore",
+    "review",
+    "look_at_100",
+    "reproduce",
+    "cluster",
+    "own_method",
+)  # as one needs them
 
 
 def toc(pages):

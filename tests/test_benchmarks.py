@@ -498,7 +498,11 @@ def test_csv_reports_the_first_ten_and_the_number(folder):
     with pytest.raises(AevlpError) as e:
         load("csv", folder, csv=table(folder, text))
     message = str(e.value)
-    assert "30 problems" in message and message.count("\n  line ") == 10 and message.endswith("and 20 more, which `aevlp data check` lists")
+    assert (
+        "30 problems" in message
+        and message.count("\n  line ") == 10
+        and message.endswith("and 20 more, which `aevlp data check` lists")
+    )
 
 
 def test_csv_line_numbers_count_lines_inside_quotes(folder):

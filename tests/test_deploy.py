@@ -237,7 +237,10 @@ WRONG = {
 def test_a_mistyped_threshold_is_one_sentence(moved, said):
     path = moved / "thresholds.json"
     path.write_text(json.dumps(WRONG[said](json.loads(path.read_text()))))
-    for use in (lambda: deploy.predict(moved, [moved.parent / "pictures/000.png"]), lambda: deploy.export(moved, "torchscript")):
+    for use in (
+        lambda: deploy.predict(moved, [moved.parent / "pictures/000.png"]),
+        lambda: deploy.export(moved, "torchscript"),
+    ):
         with pytest.raises(AevlpError, match=said) as error:
             use()
         assert "thresholds.json" in str(error.value)
@@ -280,6 +283,7 @@ def test_a_run_that_finished_before_it_kept_thresholds_asks_its_data(moved):
 def test_a_folder_that_cannot_be_written_is_a_warning(moved, monkeypatch):
     def full(path, value):
         raise AevlpError(f"{path}: cannot be written (Read-only file system)")
+
     expected = deploy.thresholds(moved)
     (moved / "thresholds.json").unlink()
     monkeypatch.setattr(deploy, "write_json", full)
@@ -287,14 +291,20 @@ def test_a_folder_that_cannot_be_written_is_a_warning(moved, monkeypatch):
         pd.testing.assert_series_equal(deploy.thresholds(moved), expected)
 
 
-@given(st.lists(st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1).filter(str.strip), unique=True, max_size=5))
+@given(
+    st.lists(
+        st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1).filter(str.strip), unique=True, max_size=5
+    )
+)
 def test_labels_in_one_text_are_read_back(names):
     assert deploy.label_list(deploy.label_text(names)) == names
 
 
 def test_classes_called_as_the_columns_are(run, tmp_path):
-    table = pd.DataFrame([[str(run.parent / "pictures/000.png"), '"cup; mug"; image', 0.9, 0.8, 0.1]],
-                         columns=["image", "labels", *deploy._columns(["cup; mug", "image", "labels"])])
+    table = pd.DataFrame(
+        [[str(run.parent / "pictures/000.png"), '"cup; mug"; image', 0.9, 0.8, 0.1]],
+        columns=["image", "labels", *deploy._columns(["cup; mug", "image", "labels"])],
+    )
     assert table.columns.is_unique
     with warnings.catch_warnings():
         warnings.simplefilter("error")

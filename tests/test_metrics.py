@@ -306,5 +306,7 @@ def test_pseudo_labels_are_judged_where_the_truth_is_known():
 
 
 def test_words_and_headlines_need_no_torch():
-    code = "import sys, aevlp.metrics as m; assert m.headline({'test_map': 1})[0] == 'map' and 'torch' not in sys.modules"
+    code = (
+        "import sys, aevlp.metrics as m; assert m.headline({'test_map': 1})[0] == 'map' and 'torch' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)

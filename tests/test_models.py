@@ -211,9 +211,13 @@ def test_mime_s_decoder_is_the_published_one():
     def attend(layer, x, queries, keys, values):
         heads, (b, n, width) = 2, queries.shape
         weight, bias = layer.attention.in_proj_weight.chunk(3), layer.attention.in_proj_bias.chunk(3)
-        q, k, v = ((t @ w.T + c).view(b, -1, heads, width // heads).transpose(1, 2)
-                   for t, w, c in zip((queries, keys, values), weight, bias))
-        mixed = ((q @ k.transpose(-1, -2) / (width // heads) ** 0.5).softmax(-1) @ v).transpose(1, 2).reshape(b, n, width)
+        q, k, v = (
+            (t @ w.T + c).view(b, -1, heads, width // heads).transpose(1, 2)
+            for t, w, c in zip((queries, keys, values), weight, bias, strict=False)
+        )
+        mixed = (
+            ((q @ k.transpose(-1, -2) / (width // heads) ** 0.5).softmax(-1) @ v).transpose(1, 2).reshape(b, n, width)
+        )
         x = layer.norm1(x + mixed @ layer.attention.out_proj.weight.T + layer.attention.out_proj.bias)
         return layer.norm2(x + layer.ffn(x))
 

@@ -1,4 +1,4 @@
-"""The page of a run and the comparison of runs: numbers as they are, nothing from a name becomes HTML, whatever is gone or torn."""
+"""The page of a run and the comparison of runs: true numbers, no HTML from a name, whatever is gone or torn."""
 
 import json
 import re
@@ -223,7 +223,8 @@ def test_one_command_for_runs_and_sweeps(run, others, tmp_path, monkeypatch, cap
 def test_pairs_and_surprises_are_those_of_a_plain_loop():
     rng = np.random.default_rng(0)
     probs, targets, cut = rng.random((40, 6)), rng.integers(-1, 2, (40, 6)), rng.uniform(0.2, 0.8, 6)
-    odds = lambda p: np.log(p / (1 - p))
+    def odds(p):
+        return np.log(p / (1 - p))
     mistakes = []
     for i in range(40):
         for c in range(6):

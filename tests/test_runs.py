@@ -418,7 +418,9 @@ def test_the_kernel_of_a_page_is_this_interpreter_too(tmp_path, monkeypatch):
 
     stale = tmp_path / "jupyter/kernels/python3"
     stale.mkdir(parents=True)
-    (stale / "kernel.json").write_text('{"argv": ["/opt/gone/bin/python"], "display_name": "Python 3", "language": "python"}')
+    (stale / "kernel.json").write_text(
+        '{"argv": ["/opt/gone/bin/python"], "display_name": "Python 3", "language": "python"}'
+    )
     monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
     assert KernelSpecManager().get_kernel_spec("python3").argv[0] == "/opt/gone/bin/python"
     monkeypatch.setenv("JUPYTER_PATH", pages._environment("token", tmp_path / "server")["JUPYTER_PATH"])

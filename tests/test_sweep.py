@@ -84,7 +84,11 @@ def test_ctrl_c_once_finishes_what_runs_and_twice_stops(tmp_path, times):
 
 def test_runs_that_share_a_bank_wait_for_the_first(tmp_path):
     plan = runs.expand(
-        {"methods": ["an", "aevlp", "gpr+damp", "bce+damp"], "seeds": [0, 1], "overrides": {"grid": [2, 3], "view_seed": 0}}
+        {
+            "methods": ["an", "aevlp", "gpr+damp", "bce+damp"],
+            "seeds": [0, 1],
+            "overrides": {"grid": [2, 3], "view_seed": 0},
+        }
     )
     todo = dict(zip(plan.run, plan.params, strict=True))
     now, later = runs._waves(todo, set())
