@@ -229,7 +229,7 @@ def test_review_survives_a_reload(tabs, server, folder):
     assert one.page.get_attribute(".aevlp-stage img", "alt") != first
     with open(saved, newline="") as file:
         header, *rows = csv.reader(file)
-    assert header[0] == "image" and len(rows) == 2 and set(np.array(rows)[:, 1:].ravel()) == {"0", "1"}
+    assert header[:2] == ["image", "split"] and len(rows) == 2 and set(np.array(rows)[:, 2:].ravel()) == {"0", "1"}
     assert one.errors == []
 
 

@@ -223,8 +223,10 @@ def test_one_command_for_runs_and_sweeps(run, others, tmp_path, monkeypatch, cap
 def test_pairs_and_surprises_are_those_of_a_plain_loop():
     rng = np.random.default_rng(0)
     probs, targets, cut = rng.random((40, 6)), rng.integers(-1, 2, (40, 6)), rng.uniform(0.2, 0.8, 6)
+
     def odds(p):
         return np.log(p / (1 - p))
+
     mistakes = []
     for i in range(40):
         for c in range(6):

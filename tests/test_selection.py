@@ -31,10 +31,12 @@ def test_rules_equal_their_definitions(seed):
     names, drawn = selection.review_draws(len(probs), repeats=2, seed=seed)
     said = selection.rule_scores(probs, given, truth, (names, drawn))
     columns = range(probs.shape[1])
+
     def ap(labels, rows):
         return np.mean(
             [average_precision_score(labels[rows, c], probs[rows, c]) for c in columns if labels[rows, c].any()]
         )
+
     everything = slice(None)
     assert said["clean mAP"] == pytest.approx(100 * ap(truth, everything))
     assert said["AP"] == pytest.approx(100 * ap(given, everything))
@@ -60,8 +62,10 @@ def test_regrets_equal_plain_loops():
         for o in ("uniform", "size") for s in (0, 1) for m in "abc" for e in range(1, 5)
     ]  # fmt: skip
     found = selection.regrets(pd.DataFrame(rows)).set_index(["scope", "observation", "seed", "method", "rule"]).regret
+
     def best(part, rule):
         return max(part, key=lambda r: r[rule])["test_map"]
+
     for o in ("uniform", "size"):
         for s in (0, 1):
             every = [r for r in rows if r["observation"] == o and r["seed"] == s]

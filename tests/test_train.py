@@ -183,8 +183,10 @@ def test_own_classes_without_evidence_are_left_out(data, tmp_path):
 
 def test_what_chooses_the_best_epoch(data, tmp_path):
     val = data.splits["val"]
+
     def known(n):
         return replace(data, truth=np.where(np.isin(np.arange(len(data)), val[:n])[:, None], data.truth, -1))
+
     chosen = train.chosen_by
     assert chosen("auto", data) == "map" and chosen("auc_observed", data) == "auc_observed"
     assert chosen("auto", known(len(val))) == "map" and chosen("map", known(10)) == "map"
@@ -205,8 +207,10 @@ def test_what_chooses_the_best_epoch(data, tmp_path):
 
 def test_an_early_stop_follows_the_rule_that_selects(data, tmp_path, monkeypatch):
     told = iter([70.0, 60.0, 90.0])
+
     def said(self, split, probs):
         return (np.full(5, np.nan), np.full(5, next(told, 1.0)))
+
     monkeypatch.setattr(train.Training, "score", said)
     tiny.train(tmp_path / "run", "an", replace(data, truth=None), {"early_stop": "em", "epochs": 3})
     assert pd.read_csv(tmp_path / "run" / "history.csv").val_auc_observed.tolist() == [70.0, 60.0]
