@@ -333,7 +333,7 @@ EIGHT = "".join(f"{i}.png,x\n" for i in range(8))
         ("dangling.png", "a symbolic link that leads nowhere or in a circle"),
         ("pipe.png", "not a file"),
         ("deep", "not a file"),
-        (".", "is not in"),
+        (".", "leads out of"),
         ("deep/", "not a file"),
         ("0.png/x", "Not a directory"),
         ("a\0.png", "line 10"),
