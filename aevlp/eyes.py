@@ -98,7 +98,9 @@ def token_views(whole, tokens, grid=0):  # (b, K), (b, h, w, K) unit norm -> (b,
     return whole[:, None], tokens.flatten(1, 2)
 
 # %% ../nbs/09b_eyes.ipynb #0455792c
-def clip_of(recipe, device='cpu'): return load_clip(recipe.clip, recipe.clip_weights or None, device, 'bf16' if recipe.precision == 'bf16' else 'fp32')
+def clip_of(recipe, device='cpu'):
+    "The CLIP of a recipe, in its precision"
+    return load_clip(recipe.clip, recipe.clip_weights or None, device, 'bf16' if recipe.precision == 'bf16' else 'fp32')
 
 def view_settings(recipe, clip):  # a `Recipe`, a `Clip`
     "What CLIP is shown under `recipe`"

@@ -77,7 +77,9 @@ TABLE1 = tuple(row[0] for row in _TABLE1)
 TABLE2 = ('bce+random', 'gpr+random', 'vlpl', 'gpr+vlpl', 'll-ct', 'gpr+ll-ct', 'bce+damp', 'aevlp')
 
 # %% ../nbs/09b_registry.ipynb #17612d22
-def unknown(kind, name, known): return AevlpError(f"no {kind} is called '{name}'; the nearest is '{nearest(name, known)}'.")
+def unknown(kind, name, known):  # 'method', what was given, the names that are known
+    "The error for a name that is none, with the nearest"
+    return AevlpError(f"no {kind} is called '{name}'; the nearest is '{nearest(name, known)}'.")
 
 def get(name):  # a name of `METHODS`, or any 'loss+labeler'
     "The method of that name"
