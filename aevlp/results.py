@@ -103,10 +103,6 @@ PUBLISHED = ("label", *ASKED, *SETTLED, "arithmetic", "test_map", "val_map", "be
              "seconds", "version", "commit")
 
 
-def _overrides(params) -> str:
-    return " ".join(f"{k}={v}" for k, v in (params.get("overrides") or {}).items())
-
-
 def _asked(row) -> tuple:  # of text
     return tuple("" if pd.isna(row.get(k)) else str(row[k]) for k in (*ASKED, *SETTLED))
 
@@ -117,11 +113,11 @@ def _with_published(table, params, dataset) -> pd.DataFrame:
     if table.run.notna().all() or not path.is_file():
         return table.assign(published=False)
     known = {_asked(row): row for row in pd.read_csv(path).to_dict("records")}
-    numbers = [c for c in PUBLISHED[1 + len(ASKED) :]]
+    numbers = list(PUBLISHED[1 + len(ASKED) :])
     table = table.reindex(columns=[*table, *(c for c in numbers if c not in table)]).astype({c: object for c in numbers})
     taken = np.zeros(len(table), dtype=bool)
     for i, (run, given) in enumerate(zip(table.run, params, strict=True)):
-        row = known.get(_asked({**given, **given["recipe"], "overrides": _overrides(given)})) if pd.isna(run) else None
+        row = known.get(_asked({**given, **given["recipe"], "overrides": runs._overrides(given)})) if pd.isna(run) else None
         if row:
             taken[i] = True
             for c in numbers:

@@ -834,6 +834,11 @@ def _measured(path) -> dict:
     return measured
 
 
+def _overrides(params) -> str:
+    "As a table shows them, and as published results are told from each other: `grid=3 lr=0.001`."
+    return " ".join(f"{k}={v}" for k, v in (params.get("overrides") or {}).items())
+
+
 def _row(folder) -> dict:
     "One run as a flat row: parameters, recipe, metrics, status; of a strange one what is wrong with it."
     try:
@@ -847,7 +852,7 @@ def _row(folder) -> dict:
     except AevlpError as e:
         measured, said, error = {}, said | {"state": "unreadable"}, str(e)
     outer = {k: v for k, v in params.items() if k not in ("recipe", "overrides")}
-    overrides = " ".join(f"{k}={v}" for k, v in (params.get("overrides") or {}).items())
+    overrides = _overrides(params)
     observation = outer.pop("observation", None)
     return dict(run=folder.name, state=said["state"], key=run_key(params), **outer, overrides=overrides,
                 observation=observation if isinstance(observation, (str, type(None))) else json.dumps(observation),
