@@ -26,48 +26,72 @@ def banks_root() -> Path:
     "Folder of all banks, below `home()`"
     return home() / "banks"
 
+
 def _read_json(path):
-    try: return json.loads(path.read_text())
-    except (OSError, ValueError) as e: raise AevlpError(f"{path}: cannot be read ({e}); remove the folder {path.parent}.") from e
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as e:
+        raise AevlpError(f"{path}: cannot be read ({e}); remove the folder {path.parent}.") from e
+
 
 def _sha256(path):
-    with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 # %% ../nbs/08_bank.ipynb #d6d223ee
 class Bank:
     "Embeddings of the views of a split, one file an epoch; epoch 0 is that of the evaluation views"
+
     def __init__(self, folder, ids, views: int, width: int):
         self.folder, self.ids, self.shape = Path(folder), np.asarray(ids), (len(ids), views, width)
         self._open = {}
 
     @classmethod
-    def open(cls,
-        root,        # folder of banks; None = the usual one
-        key: dict,   # what decides the embeddings: data, split, CLIP and its weights, view settings, seed
-        ids,         # (N,) image ids of the split, sorted
+    def open(
+        cls,
+        root,  # folder of banks; None = the usual one
+        key: dict,  # what decides the embeddings: data, split, CLIP and its weights, view settings, seed
+        ids,  # (N,) image ids of the split, sorted
         views: int,  # V = 1 + R
         width: int,  # K
     ) -> "Bank":
         "The bank of `key`, new or as it was left"
-        manifest = json.loads(json.dumps(dict(key=key, images=len(ids), views=views, width=width), sort_keys=True, default=str))
+        manifest = json.loads(
+            json.dumps(dict(key=key, images=len(ids), views=views, width=width), sort_keys=True, default=str)
+        )
         name = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()[:12]
         folder = (Path(root) if root else banks_root()) / name
         bank, path = cls(folder, ids, views, width), folder / "manifest.json"
-        if path.exists(): _read_json(path)
+        if path.exists():
+            _read_json(path)
         else:
-            try: folder.mkdir(parents=True, exist_ok=True)
-            except OSError as e: raise AevlpError(f"The bank folder {folder} cannot be made ({e.strerror}); set AEVLP_HOME to a folder that can be written.") from e
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as e:
+                raise AevlpError(
+                    f"The bank folder {folder} cannot be made ({e.strerror}); set AEVLP_HOME to a folder that can be "
+                    "written."
+                ) from e
             write_json(path, manifest)
-            print(f"New CLIP bank {name}: {bank.bytes / 1e6:,.1f} MB an epoch ({views} x {width} numbers, {2 * views * width / 1e3:,.1f} kB a picture) "
-                  f"in {folder.parent}", file=sys.stderr)
-        for epoch in [int(done.stem[6:]) for done in folder.glob("epoch_*.done") if not done.with_suffix(".json").exists()]:
-            if bank.complete(epoch): bank._seal(epoch)  # a writer was killed just before it
+            print(
+                f"New CLIP bank {name}: {bank.bytes / 1e6:,.1f} MB an epoch ({views} x {width} numbers, "
+                f"{2 * views * width / 1e3:,.1f} kB a picture) "
+                f"in {folder.parent}",
+                file=sys.stderr,
+            )
+        for epoch in [
+            int(done.stem[6:]) for done in folder.glob("epoch_*.done") if not done.with_suffix(".json").exists()
+        ]:
+            if bank.complete(epoch):
+                bank._seal(epoch)  # a writer was killed just before it
         return bank
 
     @property
-    def bytes(self): return int(np.prod(self.shape)) * 2  # of one epoch on disk
+    def bytes(self):
+        return int(np.prod(self.shape)) * 2  # of one epoch on disk
 
-    def _file(self, epoch, suffix): return self.folder / f"epoch_{epoch:03d}.{suffix}"
+    def _file(self, epoch, suffix):
+        return self.folder / f"epoch_{epoch:03d}.{suffix}"
 
 # %% ../nbs/08_bank.ipynb #cc79febf
 @patch
@@ -75,28 +99,39 @@ def _maps(self: Bank, epoch, create=False):  # -> memory maps of the rows and of
     if epoch not in self._open:
         rows, done = self._file(epoch, "f16"), self._file(epoch, "done")
         if not done.exists():
-            if not create: return None
+            if not create:
+                return None
             self._make(rows, done)
         self._check(epoch, rows, done)
-        self._open[epoch] = (np.memmap(rows, np.float16, "r+", shape=self.shape), np.memmap(done, np.uint8, "r+", shape=self.shape[:1]))
+        self._open[epoch] = (
+            np.memmap(rows, np.float16, "r+", shape=self.shape),
+            np.memmap(done, np.uint8, "r+", shape=self.shape[:1]),
+        )
     return self._open[epoch]
+
 
 @patch
 def _make(self: Bank, rows, done):
     "Both files of an epoch, with room on the disk for all of their bytes"
     with FileLock(self.folder / ".lock"):
         for path, size in ((rows, self.bytes), (done, self.shape[0])):
-            if path.exists(): continue
+            if path.exists():
+                continue
             temporary = path.with_suffix(".tmp")
             try:
                 temporary.unlink(missing_ok=True)
-                with fresh(temporary) as f: os.posix_fallocate(f.fileno(), 0, size)
+                with fresh(temporary) as f:
+                    os.posix_fallocate(f.fileno(), 0, size)
                 os.replace(temporary, path)
             except OSError as e:
                 temporary.unlink(missing_ok=True)
                 free = shutil.disk_usage(self.folder).free
-                raise AevlpError(f"No room for the CLIP bank: {path} needs {size / 1e6:,.1f} MB and {free / 1e6:,.1f} MB are free ({e.strerror}); "
-                                 "free some (`aevlp bank ls`), set AEVLP_HOME to another disk, or train without a bank.") from e
+                raise AevlpError(
+                    f"No room for the CLIP bank: {path} needs {size / 1e6:,.1f} MB and {free / 1e6:,.1f} MB are free "
+                    f"({e.strerror}); "
+                    "free some (`aevlp bank ls`), set AEVLP_HOME to another disk, or train without a bank."
+                ) from e
+
 
 @patch
 def _check(self: Bank, epoch, rows, done):
@@ -104,14 +139,21 @@ def _check(self: Bank, epoch, rows, done):
     seal = self._file(epoch, "json")
     fits = rows.exists() and rows.stat().st_size == self.bytes and done.stat().st_size == self.shape[0]
     if not fits or seal.exists() and _read_json(seal)["sha256"] != _sha256(rows):
-        raise AevlpError(f"{rows} is damaged: it is not what was written; `aevlp bank rm {self.folder.name}` makes room for a new one.")
+        raise AevlpError(
+            f"{rows} is damaged: it is not what was written; `aevlp bank rm {self.folder.name}` makes room for a new "
+            "one."
+        )
 
 # %% ../nbs/08_bank.ipynb #3231a320
 @patch
 def rows(self: Bank, ids):  # -> (B,) positions in the split
     rows = np.searchsorted(self.ids, np.asarray(ids)).clip(max=len(self.ids) - 1)
-    if not np.array_equal(self.ids[rows], ids): raise AevlpError(f"The bank {self.folder.name} is of other images: not all of {list(map(int, ids))[:8]} are its own.")
+    if not np.array_equal(self.ids[rows], ids):
+        raise AevlpError(
+            f"The bank {self.folder.name} is of other images: not all of {list(map(int, ids))[:8]} are its own."
+        )
     return rows
+
 
 @patch
 def missing(self: Bank, epoch: int, ids) -> np.ndarray:
@@ -119,12 +161,15 @@ def missing(self: Bank, epoch: int, ids) -> np.ndarray:
     ids, maps = np.asarray(ids), self._maps(epoch)
     return ids if maps is None else ids[maps[1][self.rows(ids)] == 0]
 
+
 @patch
 def get(self: Bank, epoch: int, ids):
     "(B, V, K) float16, or None if a row is missing"
     maps, rows = self._maps(epoch), self.rows(ids)
-    if maps is None or not maps[1][rows].all(): return None
+    if maps is None or not maps[1][rows].all():
+        return None
     return torch.from_numpy(np.array(maps[0][rows]))
+
 
 @patch
 def put(self: Bank, epoch: int, ids, embeddings):  # (B, V, K)
@@ -134,7 +179,9 @@ def put(self: Bank, epoch: int, ids, embeddings):  # (B, V, K)
     data[rows] = torch.as_tensor(embeddings).detach().to("cpu", torch.float16).numpy()
     data.flush()
     done[rows] = 1
-    if done.all(): self._seal(epoch)
+    if done.all():
+        self._seal(epoch)
+
 
 @patch
 def complete(self: Bank, epoch: int) -> bool:
@@ -142,42 +189,63 @@ def complete(self: Bank, epoch: int) -> bool:
     maps = self._maps(epoch)
     return maps is not None and bool(maps[1].all())
 
+
 @patch
 def _seal(self: Bank, epoch):
     self._open[epoch][1].flush()
     if not self._file(epoch, "json").exists():
         write_json(self._file(epoch, "json"), dict(sha256=_sha256(self._file(epoch, "f16")), bytes=self.bytes))
 
+
 @patch
-def close(self: Bank): self._open.clear()
+def close(self: Bank):
+    self._open.clear()
 
 # %% ../nbs/08_bank.ipynb #59154ef3
 def _folder(name, root):
     folder = (Path(root) if root else banks_root()) / name
     if not (folder / "manifest.json").exists() or Path(name).name != name:
-        raise AevlpError(f"No CLIP bank is called '{name}' in {folder.parent}: `aevlp bank ls` lists those that are there.")
+        raise AevlpError(
+            f"No CLIP bank is called '{name}' in {folder.parent}: `aevlp bank ls` lists those that are there."
+        )
     return folder
 
-def _epochs(folder): return sorted(folder.glob("epoch_*.f16"))
+
+def _epochs(folder):
+    return sorted(folder.glob("epoch_*.f16"))
+
 
 def banks(root=None) -> pd.DataFrame:
     "All banks: what they are of, epochs begun and complete, size"
     rows = []
     for path in sorted((Path(root) if root else banks_root()).glob("*/manifest.json")):
         manifest, epochs = _read_json(path), _epochs(path.parent)
-        rows.append(dict(name=path.parent.name, clip=manifest["key"].get("clip"), split=manifest["key"].get("split"), images=manifest["images"], views=manifest["views"],
-                         epochs=len(epochs), complete=sum(e.with_suffix(".json").exists() for e in epochs),
-                         megabytes=round(sum(e.stat().st_size for e in epochs) / 1e6, 1)))
+        rows.append(
+            dict(
+                name=path.parent.name,
+                clip=manifest["key"].get("clip"),
+                split=manifest["key"].get("split"),
+                images=manifest["images"],
+                views=manifest["views"],
+                epochs=len(epochs),
+                complete=sum(e.with_suffix(".json").exists() for e in epochs),
+                megabytes=round(sum(e.stat().st_size for e in epochs) / 1e6, 1),
+            )
+        )
     return pd.DataFrame(rows, columns=["name", "clip", "split", "images", "views", "epochs", "complete", "megabytes"])
+
 
 def verify(name: str, root=None) -> pd.DataFrame:
     "Each epoch of a bank: 'complete', 'damaged' (its bytes have changed) or 'partial'"
     rows = []
     for path in _epochs(_folder(name, root)):
         seal = path.with_suffix(".json")
-        state = "partial" if not seal.exists() else "complete" if _read_json(seal)["sha256"] == _sha256(path) else "damaged"
+        state = (
+            "partial" if not seal.exists() else "complete" if _read_json(seal)["sha256"] == _sha256(path) else "damaged"
+        )
         rows.append(dict(epoch=int(path.stem[6:]), state=state))
     return pd.DataFrame(rows, columns=["epoch", "state"])
+
 
 def remove(name: str, root=None) -> str:
     "Delete a bank; the next run that needs it calls CLIP again"

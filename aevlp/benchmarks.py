@@ -26,6 +26,7 @@ import numpy as np
 import pandas as pd
 from filelock import FileLock, Timeout
 
+from . import own
 from aevlp.data import (
     AevlpError,
     LabelledImages,
@@ -36,7 +37,6 @@ from aevlp.data import (
     shipped,
     train_val_split,
 )
-from . import own
 from .own import Problems, _class_list, _Folder, _report, _text
 
 # %% ../nbs/04_benchmarks.ipynb #aaad165b
@@ -87,21 +87,29 @@ def _npy(path) -> np.ndarray:
         raise AevlpError(f"{path} is missing") from None
     except Exception as e:  # the header is Python text: parsing it can fail in many ways
         if "Python objects" in str(e):
-            raise AevlpError(f"{path} holds pickled Python objects, which are not loaded; save it as a plain array") from None
+            raise AevlpError(
+                f"{path} holds pickled Python objects, which are not loaded; save it as a plain array"
+            ) from None
         raise AevlpError(f"{path} is not a readable .npy file ({type(e).__name__}: {e}); copy it again") from None
 
 
 def _npy_labels(path, rows, columns=None, allowed=(0, 1)) -> np.ndarray:  # (rows, C) int8
     "A label matrix, checked."
     labels = _npy(path)
-    if labels.ndim != 2 or len(labels) != rows or (columns and labels.shape[1] != columns) or labels.dtype.kind not in "biuf":
+    if (
+        labels.ndim != 2
+        or len(labels) != rows
+        or (columns and labels.shape[1] != columns)
+        or labels.dtype.kind not in "biuf"
+    ):
         want = f"({rows}, {columns or 'classes'})"
         raise AevlpError(f"{path} has shape {labels.shape} and type {labels.dtype}; numbers of shape {want} are needed")
     wrong = ~np.isin(labels, allowed)
     if wrong.any():
         row, column = np.argwhere(wrong)[0]
         raise AevlpError(
-            f"{path}: {int(wrong.sum())} values are not in {allowed}, the first {labels[row, column]} at row {row}, column {column}"
+            f"{path}: {int(wrong.sum())} values are not in {allowed}, the first {labels[row, column]} at row {row}, "
+            f"column {column}"
         )
     return labels.astype(np.int8)
 
@@ -135,7 +143,9 @@ def _image_folder(root, first) -> Path:
     for folder in _IMAGE_FOLDERS:
         if (Path(root) / folder / first.replace("\\", "/")).is_file():
             return Path(root) / folder
-    raise AevlpError(f"{root}: {first!r} is in none of {', '.join(f or '.' for f in _IMAGE_FOLDERS)}; say where with images=DIR")
+    raise AevlpError(
+        f"{root}: {first!r} is in none of {', '.join(f or '.' for f in _IMAGE_FOLDERS)}; say where with images=DIR"
+    )
 
 
 def _formatted(root, fidelity="paper", object_area=False, classes=None, images=None) -> LabelledImages:
@@ -148,7 +158,10 @@ def _formatted(root, fidelity="paper", object_area=False, classes=None, images=N
         observed = _npy_labels(seen, *truth.shape, (-1, 0, 1)) if seen.exists() else sample_single_positives(truth)
         parts.append((names, truth, observed))
     if not parts[0][0] or parts[0][1].shape[1] != parts[1][1].shape[1]:
-        raise AevlpError(f"{root}: training and test lists must hold images and the same classes; found {[p[1].shape for p in parts]}")
+        raise AevlpError(
+            f"{root}: training and test lists must hold images and the same classes; found "
+            f"{[p[1].shape for p in parts]}"
+        )
     known = _class_list(classes) or _names_by_number(root, parts[0][1].shape[1], fidelity)
     folder = _image_folder(root, parts[0][0][0]) if images is None else Path(images).expanduser()
     return _official("npy", folder, known, [p[:2] for p in parts], observed=[p[2] for p in parts])
@@ -158,7 +171,9 @@ def _names_by_number(root, columns, fidelity) -> tuple:
     for name in ("voc", "coco", "nus", "cub"):
         if len(class_names(name)) == columns:
             return class_names(name, fidelity)
-    raise AevlpError(f"{root}: the labels have {columns} classes, whose names are not known; name them with classes=FILE")
+    raise AevlpError(
+        f"{root}: the labels have {columns} classes, whose names are not known; name them with classes=FILE"
+    )
 
 # %% ../nbs/04_benchmarks.ipynb #5fe15e8a
 def _official(
@@ -212,7 +227,9 @@ def _voc_lists(base, phase, classes) -> tuple:  # image ids, (n, C) int8
         for line, row in enumerate(_text(path).splitlines(), 1):
             fields = row.split()
             if fields and (len(fields) != 2 or fields[1] not in ("1", "0", "-1")):
-                raise AevlpError(f"{path}, line {line}: {row!r}, but '<image> <1, 0 or -1>' is needed; extract the archive again")
+                raise AevlpError(
+                    f"{path}, line {line}: {row!r}, but '<image> <1, 0 or -1>' is needed; extract the archive again"
+                )
             if fields and fields[1] == "1":
                 positive.setdefault(fields[0], []).append(c)
     ids = sorted(positive)
@@ -266,7 +283,9 @@ def _coco_part(path, folder) -> tuple:  # image names, (n, C) int8, (n, C) squar
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         if isinstance(e, AevlpError):
             raise
-        raise AevlpError(f"{path} is not a COCO instances file ({type(e).__name__}: {e}); extract the archive again") from None
+        raise AevlpError(
+            f"{path} is not a COCO instances file ({type(e).__name__}: {e}); extract the archive again"
+        ) from None
     row = {image: r for r, image in enumerate(ids)}
     truth, area = np.zeros((len(ids), len(classes)), np.int8), np.zeros((len(ids), len(classes)))
     for image, c, size in labelled:
@@ -281,7 +300,9 @@ def _coco(root, fidelity="paper", object_area=False) -> LabelledImages:
     phases = progress(("train2014", "val2014"), "reading COCO annotations")
     train, test = (_coco_part(base / f"annotations/instances_{p}.json", p) for p in phases)
     if train[3] != test[3]:
-        raise AevlpError(f"{base}/annotations: the two instances files name different categories; extract the archive again")
+        raise AevlpError(
+            f"{base}/annotations: the two instances files name different categories; extract the archive again"
+        )
     return _official("coco", root, train[3], [train[:2], test[:2]], areas=[train[2], test[2]])
 
 # %% ../nbs/04_benchmarks.ipynb #35184d1f
@@ -321,7 +342,9 @@ def _nus(root, fidelity="paper", object_area=False) -> LabelledImages:
     else:
         parts = []
         for phase, names in zip(("Train", "Test"), lists):
-            columns = [_nus_column(labels / f"Labels_{c}_{phase}.txt", len(names)) for c in progress(classes, "reading labels")]
+            columns = [
+                _nus_column(labels / f"Labels_{c}_{phase}.txt", len(names)) for c in progress(classes, "reading labels")
+            ]
             parts.append((names, np.stack(columns, 1)))
     return _official("nus", _base(root, ("", "NUS-WIDE"), "Flickr") / "Flickr", classes, parts)
 
@@ -330,7 +353,9 @@ def _nus_all_labels(root, classes, lists) -> list:
     "AllLabels/ in the order of Imagelist.txt, cut into the two official lists."
     labels, every = _nus_find(root, "AllLabels"), _nus_find(root, "Imagelist.txt")
     order = {name: i for i, name in enumerate(_nus_images(every))}
-    truth = np.stack([_nus_column(labels / f"Labels_{c}.txt", len(order)) for c in progress(classes, "reading labels")], 1)
+    truth = np.stack(
+        [_nus_column(labels / f"Labels_{c}.txt", len(order)) for c in progress(classes, "reading labels")], 1
+    )
     for names in lists:
         if unknown := next((n for n in names if n not in order), None):
             raise AevlpError(f"{every} does not list {unknown}, which the training or test list has")
@@ -351,7 +376,13 @@ def _cub_labels(path, n_images, n_attributes) -> np.ndarray:  # (n, C) int8
     try:
         rows = pd.read_csv(path, sep=r"\s+", header=None, names=range(12), dtype=dict.fromkeys(range(3), "int64"))
         image, attribute, present = (rows[k].to_numpy() for k in range(3))
-        good = (image >= 1) & (image <= n_images) & (attribute >= 1) & (attribute <= n_attributes) & np.isin(present, (0, 1))
+        good = (
+            (image >= 1)
+            & (image <= n_images)
+            & (attribute >= 1)
+            & (attribute <= n_attributes)
+            & np.isin(present, (0, 1))
+        )
         first = int(np.flatnonzero(~good)[0]) if not good.all() else None
     except FileNotFoundError:
         raise AevlpError(f"{path} is missing; extract the archive again") from None
@@ -359,12 +390,16 @@ def _cub_labels(path, n_images, n_attributes) -> np.ndarray:  # (n, C) int8
         raise AevlpError(f"{path}: {e}; extract the archive again") from None
     if first is not None:
         found = f"{image[first]} {attribute[first]} {present[first]}"
-        raise AevlpError(f"{path}, line {first + 1}: '{found}' for {n_images} images, {n_attributes} attributes and 0 or 1")
+        raise AevlpError(
+            f"{path}, line {first + 1}: '{found}' for {n_images} images, {n_attributes} attributes and 0 or 1"
+        )
     truth = np.full((n_images, n_attributes), -1, np.int8)
     truth[image - 1, attribute - 1] = present
     if (truth < 0).any():
         i, a = np.argwhere(truth < 0)[0]
-        raise AevlpError(f"{path}: no line for image {i + 1} and attribute {a + 1}; the file is cut off, extract the archive again")
+        raise AevlpError(
+            f"{path}: no line for image {i + 1} and attribute {a + 1}; the file is cut off, extract the archive again"
+        )
     return truth
 
 
@@ -375,7 +410,9 @@ def _cub(root, fidelity="paper", object_area=False) -> LabelledImages:
     images, split = _cub_table(base / "images.txt", 2), _cub_table(base / "train_test_split.txt", 2)
     for what, rows in (("images.txt", images), ("train_test_split.txt", split), ("attributes.txt", attributes)):
         if [int(r[0]) for r in rows] != list(range(1, len(rows) + 1)) or (rows is split and len(rows) != len(images)):
-            raise AevlpError(f"{base}: {what} must count from 1 without gaps to {len(images)} images; extract the archive again")
+            raise AevlpError(
+                f"{base}: {what} must count from 1 without gaps to {len(images)} images; extract the archive again"
+            )
     truth = _cub_labels(base / "attributes/image_attribute_labels.txt", len(images), len(attributes))
     training = np.array([r[1] == "1" for r in split])
     parts = [([images[i][1] for i in np.flatnonzero(part)], truth[part]) for part in (training, ~training)]
@@ -413,7 +450,9 @@ def resolve(
     if name not in NAMES:
         raise AevlpError(f"unknown data set {name!r}; {_nearest(name, NAMES)}")
     if csv is not None and name not in ("csv", "own-coco"):
-        raise AevlpError(f"{name} comes with its labels: leave --csv out, or say --dataset csv for pictures of your own")
+        raise AevlpError(
+            f"{name} comes with its labels: leave --csv out, or say --dataset csv for pictures of your own"
+        )
     if root is not None and Path(root).expanduser().is_dir():
         if name == "coco" and own.coco_files(root) and not own.official_coco(root):
             return "own-coco"
@@ -426,7 +465,7 @@ def load(
     name: str,  # one of NAMES
     root=None,  # folder of the data set; default `home()/name`, of own pictures the folder of the CSV
     fidelity: str = "paper",  # 'released': class names as in the released prompts
-    observation=None,  # as given, one uniform positive for a benchmark; or a `how` of `observe`, 'uniform, k=2', or its arguments
+    observation=None,  # as given, of a benchmark one uniform positive; or a `how` of `observe`, as 'uniform, k=2'
     **kw,  # csv: csv=FILE, classes=FILE or list, separator=; npy: classes=, images=DIR; glyphs: size=
 ) -> LabelledImages:
     "A data set by name."
@@ -438,10 +477,18 @@ def load(
 
         data = glyphs.load(**kw, **({} if root is None else {"root": root}))
     else:
-        root = Path(kw["csv"]).absolute().parent if root is None and "csv" in kw else home() / name if root is None else Path(root)
+        root = (
+            Path(kw["csv"]).absolute().parent
+            if root is None and "csv" in kw
+            else home() / name
+            if root is None
+            else Path(root)
+        )
         root = root.expanduser()
         if not root.is_dir():
-            raise AevlpError(f"{root} is not a folder; give the folder of {'the pictures' if name in OWN else name} as root")
+            raise AevlpError(
+                f"{root} is not a folder; give the folder of {'the pictures' if name in OWN else name} as root"
+            )
         if name in OWN:
             return _observed(_OWN[name](root, **kw), wanted)
         data = _READERS[name](root, fidelity=fidelity, object_area=wanted.get("how") == "size", **kw)
@@ -449,14 +496,14 @@ def load(
 
 
 def _observed(data, wanted) -> LabelledImages:
-    "Own labels as they are given; where others are asked for, drawn from the truth, or from the positives where it is unknown."
+    "Own labels as they are given; others, where asked for, drawn from the truth, or from the positives alone."
     if wanted and data.truth is None and wanted.get("how", "uniform") in ("uniform", "frequency"):
         given = replace(data, truth=(data.observed == 1).astype(np.int8))
         return replace(observe(given, **wanted), truth=None)
     return observe(data, **wanted) if wanted else data
 
 # %% ../nbs/04_benchmarks.ipynb #e8b62882
-_EXPECTED = {  # official training images, test images, classes, positives per image, rows without positive (training, test)
+_EXPECTED = {  # training and test images, classes, positives per image, rows without positive (training, test)
     "voc": (5717, 5823, 20, 1.5, 0, 0),
     "coco": (82081, 40137, 80, 2.9, 0, 0),
     "nus": (150000, 60260, 81, 1.9, 33410, 13412),
@@ -466,19 +513,26 @@ _EXPECTED = {  # official training images, test images, classes, positives per i
 
 def _needed(name, root) -> list:  # paths
     "What must be there for a benchmark, in the layout that the folder seems to have."
+
     def base(candidates, holds):
         return next((root / c for c in candidates if (root / c / holds).exists()), root / candidates[0])
 
     if name == "voc":
         voc = base(_VOC_BASES, "ImageSets/Main")
-        return [voc / "JPEGImages", *(voc / f"ImageSets/Main/{c}_{p}.txt" for p in ("train", "val") for c in class_names("voc"))]
+        return [
+            voc / "JPEGImages",
+            *(voc / f"ImageSets/Main/{c}_{p}.txt" for p in ("train", "val") for c in class_names("voc")),
+        ]
     if name == "coco":
         coco = base(("", "annotations_trainval2014"), "annotations/instances_train2014.json")
         files = [coco / f"annotations/instances_{p}2014.json" for p in ("train", "val")]
         return [*files, root / "train2014", root / "val2014"]
     if name == "cub":
         cub = base(("CUB_200_2011", "CUB_200_2011/CUB_200_2011", ""), "images.txt")
-        attributes = next((p for c in ("..", "attributes", "") if (p := cub / c / "attributes.txt").exists()), cub.parent / "attributes.txt")
+        attributes = next(
+            (p for c in ("..", "attributes", "") if (p := cub / c / "attributes.txt").exists()),
+            cub.parent / "attributes.txt",
+        )
         rest = ("images.txt", "train_test_split.txt", "attributes/image_attribute_labels.txt", "images")
         return [attributes, *(cub / r for r in rest)]
     official = any((root / folder / "Concepts81.txt").exists() for folder in _NUS_FOLDERS)
@@ -501,7 +555,11 @@ def _counts(name, data) -> list:  # rows of (what, found, expected)
         ("positives per image", round(float(known[official].sum(1).mean()), 1) if len(official) else 0, mean),
         ("rows without positive, train and val", int((~known[official].any(1)).sum()), empty),
         ("rows without positive, test", int((~known[test].any(1)).sum()), empty_test),
-        ("observed positives per image, train", round(float((data.observed[data.splits["train"]] == 1).sum(1).mean()), 3), None),
+        (
+            "observed positives per image, train",
+            round(float((data.observed[data.splits["train"]] == 1).sum(1).mean()), 3),
+            None,
+        ),
     ]
 
 # %% ../nbs/04_benchmarks.ipynb #0f432f5f
@@ -565,7 +623,8 @@ ARCHIVES = {
 }
 _NUS_HOW = (
     "NUS-WIDE's pictures are given on request only: fill in the agreement form on the data set's page of the National "
-    "University of Singapore, unpack Flickr.zip to {root}/Flickr, put the formatted_*.npy lists of Zenodo record 10162606 "
+    "University of Singapore, unpack Flickr.zip to {root}/Flickr, put the formatted_*.npy lists of Zenodo record "
+    "10162606 "
     "(or the official Groundtruth, ImageList and ConceptsList folders) into {root}, then run `aevlp data check nus`"
 )
 
@@ -632,7 +691,9 @@ def _extract(path, root):
                 members = archive.infolist()
                 for m in members:
                     if m.filename.startswith("/") or ".." in m.filename.replace("\\", "/").split("/"):
-                        raise AevlpError(f"{path}: {m.filename!r} would be written outside {root}; nothing was unpacked")
+                        raise AevlpError(
+                            f"{path}: {m.filename!r} would be written outside {root}; nothing was unpacked"
+                        )
                 if sum(m.file_size for m in members) > shutil.disk_usage(root).free:
                     raise AevlpError(f"{root}: not enough disk space to unpack {path}")
                 for m in progress(members, f"unpacking {path.name}"):

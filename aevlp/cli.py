@@ -17,21 +17,30 @@ import sys
 import threading
 import warnings
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
 # %% ../nbs/17_cli.ipynb #68bc1cd1
 class _Group(typer.core.TyperGroup):
     "Help that fits a screen: --install-completion and --show-completion work, but are not listed."
+
     def get_params(self, ctx):
         params = super().get_params(ctx)
-        for p in params: p.hidden = p.hidden or p.name.endswith("_completion")
+        for p in params:
+            p.hidden = p.hidden or p.name.endswith("_completion")
         return params
 
-app = typer.Typer(name="aevlp", cls=_Group, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False,
-                  context_settings={"help_option_names": ["-h", "--help"]},
-                  help="Learn multi-label image classifiers from one positive label per image.")
+
+app = typer.Typer(
+    name="aevlp",
+    cls=_Group,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Learn multi-label image classifiers from one positive label per image.",
+)
 data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look at a data set, or download it.")
 bank_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="CLIP banks on disk: list, check, remove.")
 app.add_typer(data_app, name="data")
@@ -59,26 +68,35 @@ def _show(table, as_json, index=True):
         typer.echo(table.to_string(index=index, na_rep="–", max_colwidth=100) if len(table) else "nothing")
 
 # %% ../nbs/17_cli.ipynb #c1f0a2b4
-Dataset = Annotated[Optional[str], typer.Option(help="glyphs, voc, coco, nus, cub, npy or csv; default: what --root and --csv are, else glyphs.")]
-Root = Annotated[Optional[Path], typer.Option(help="Folder of your pictures or of the data set, for voc the one that holds VOCdevkit.")]
-Csv = Annotated[Optional[Path], typer.Option(help="Labels of your own pictures: a CSV or a COCO file.")]
-Separator = Annotated[Optional[str], typer.Option(help="Of labels in one cell of the CSV, as ' '; none: a cell is one name.")]
-Seeds = Annotated[Optional[str], typer.Option(help="Such as 0,1,2.")]
-Set = Annotated[Optional[list[str]], typer.Option("--set", "-s", help="key=value of the recipe; again for more.")]
+Dataset = Annotated[
+    str | None,
+    typer.Option(help="glyphs, voc, coco, nus, cub, npy or csv; default: what --root and --csv are, else glyphs."),
+]
+Root = Annotated[
+    Path | None,
+    typer.Option(help="Folder of your pictures or of the data set, for voc the one that holds VOCdevkit."),
+]
+Csv = Annotated[Path | None, typer.Option(help="Labels of your own pictures: a CSV or a COCO file.")]
+Separator = Annotated[
+    str | None, typer.Option(help="Of labels in one cell of the CSV, as ' '; none: a cell is one name.")
+]
+Seeds = Annotated[str | None, typer.Option(help="Such as 0,1,2.")]
+Set = Annotated[list[str] | None, typer.Option("--set", "-s", help="key=value of the recipe; again for more.")]
 Json = Annotated[bool, typer.Option("--json", help="For scripts.")]
 Fidelity = Annotated[str, typer.Option(help="paper, or released: as the authors' code.")]
-Workers = Annotated[Optional[int], typer.Option(min=1, help="Runs at a time; default one per GPU or core.")]
+Workers = Annotated[int | None, typer.Option(min=1, help="Runs at a time; default one per GPU or core.")]
 Run = Annotated[str, typer.Argument(help="Name of a run, its beginning, or its folder.")]
-Tracker = Annotated[Optional[str], typer.Option(help="tensorboard, wandb, ...: curves there too, by Accelerate.")]
+Tracker = Annotated[str | None, typer.Option(help="tensorboard, wandb, ...: curves there too, by Accelerate.")]
 
 
-Reviewed = Annotated[Optional[Path], typer.Option(help="Decisions of `aevlp app --review`.")]
+Reviewed = Annotated[Path | None, typer.Option(help="Decisions of `aevlp app --review`.")]
 
 
 def _track(name):
     "Tell the runs of this command their tracker; a dask cluster's workers have their own $AEVLP_TRACKER."
     if name:
         from aevlp import train
+
         os.environ["AEVLP_TRACKER"] = train.tracker_named(name)
 
 # %% ../nbs/17_cli.ipynb #de548f74
@@ -86,37 +104,81 @@ def _track(name):
 def demo(seeds: Annotated[int, typer.Option(min=1, help="How many.")] = 1, workers: Workers = None):
     "The whole method on the embedded benchmark, to its pictures."
     from aevlp import results
+
     results.demo(seeds, workers)
 
 
-@app.command(epilog=_example("train --method aevlp --seed 1 --set grid=3", "train --dataset voc --root DIR --method gr",
-                             "train --tracker tensorboard"))
-def train(method: Annotated[str, typer.Option(help="See `aevlp methods`.")] = "aevlp", dataset: Dataset = None,
-          seed: Annotated[int, typer.Option(min=0)] = 0, root: Root = None, csv: Csv = None, fidelity: Fidelity = "paper",
-          observation: Annotated[Optional[str], typer.Option(help="How labels are observed, as size or 'uniform, k=2'.")] = None,
-          separator: Separator = None, set_: Set = None,
-          force: Annotated[bool, typer.Option(help="Make a finished run again.")] = False, tracker: Tracker = None):
+@app.command(
+    epilog=_example(
+        "train --method aevlp --seed 1 --set grid=3",
+        "train --dataset voc --root DIR --method gr",
+        "train --tracker tensorboard",
+    )
+)
+def train(
+    method: Annotated[str, typer.Option(help="See `aevlp methods`.")] = "aevlp",
+    dataset: Dataset = None,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    root: Root = None,
+    csv: Csv = None,
+    fidelity: Fidelity = "paper",
+    observation: Annotated[str | None, typer.Option(help="How labels are observed, as size or 'uniform, k=2'.")] = None,
+    separator: Separator = None,
+    set_: Set = None,
+    force: Annotated[bool, typer.Option(help="Make a finished run again.")] = False,
+    tracker: Tracker = None,
+):
     "One run; a finished one is reused, a half-done one goes on."
     from aevlp import recipes, runs
+
     _track(tracker)
-    folder = runs.train(dataset=dataset, method=method, seed=seed, root=root, csv=csv, fidelity=fidelity,
-                        observation=observation, overrides=recipes.parse_overrides(set_ or []), separator=separator, force=force)
+    folder = runs.train(
+        dataset=dataset,
+        method=method,
+        seed=seed,
+        root=root,
+        csv=csv,
+        fidelity=fidelity,
+        observation=observation,
+        overrides=recipes.parse_overrides(set_ or []),
+        separator=separator,
+        force=force,
+    )
     typer.echo(folder)
 
 
 @app.command(epilog=_example("sweep table1", "sweep table5 --dataset voc --root DIR --dry-run", "sweep my.yaml"))
-def sweep(spec: Annotated[str, typer.Argument(help="A YAML file, or table1 … table6, figure2, figure3.")],
-          dataset: Annotated[Optional[str], typer.Option(help="Instead of those in the file.")] = None, root: Root = None,
-          csv: Csv = None, seeds: Seeds = None, set_: Set = None, workers: Workers = None,
-          threads: Annotated[int, typer.Option(min=1, help="Of each run.")] = 1,
-          scheduler: Annotated[Optional[str], typer.Option(help="Address of a dask scheduler.")] = None,
-          dry_run: Annotated[bool, typer.Option("--dry-run", help="List the runs, what is done, time and disk.")] = False,
-          tracker: Tracker = None, as_json: Json = False):
+def sweep(
+    spec: Annotated[str, typer.Argument(help="A YAML file, or table1 … table6, figure2, figure3.")],
+    dataset: Annotated[str | None, typer.Option(help="Instead of those in the file.")] = None,
+    root: Root = None,
+    csv: Csv = None,
+    seeds: Seeds = None,
+    set_: Set = None,
+    workers: Workers = None,
+    threads: Annotated[int, typer.Option(min=1, help="Of each run.")] = 1,
+    scheduler: Annotated[str | None, typer.Option(help="Address of a dask scheduler.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the runs, what is done, time and disk.")] = False,
+    tracker: Tracker = None,
+    as_json: Json = False,
+):
     "All runs of a table, a figure, or your own YAML file."
     from aevlp import recipes, runs
+
     _track(tracker)
-    table = runs.sweep(spec, dataset, root, csv, _numbers(seeds), recipes.parse_overrides(set_ or []), workers, threads,
-                       scheduler, dry_run=dry_run, show=not as_json)
+    table = runs.sweep(
+        spec,
+        dataset,
+        root,
+        csv,
+        _numbers(seeds),
+        recipes.parse_overrides(set_ or []),
+        workers,
+        threads,
+        scheduler,
+        dry_run=dry_run,
+        show=not as_json,
+    )
     _show(table, as_json, index=False)
     if dry_run and not as_json:
         typer.echo(runs.cost(table, workers or runs.machine_workers(threads)))
@@ -124,26 +186,43 @@ def sweep(spec: Annotated[str, typer.Argument(help="A YAML file, or table1 … t
         raise typer.Exit(1)
 
 # %% ../nbs/17_cli.ipynb #447a33f2
-_COLUMNS = dict(run="run", state="state", test_map="test mAP", val_map="val mAP", test_auc_observed="test AUC*", val_auc_observed="val AUC*",
-                average_precision="label precision", average_recall="label recall", wall="seconds", error="error")
+_COLUMNS = dict(
+    run="run",
+    state="state",
+    test_map="test mAP",
+    val_map="val mAP",
+    test_auc_observed="test AUC*",
+    val_auc_observed="val AUC*",
+    average_precision="label precision",
+    average_recall="label recall",
+    wall="seconds",
+    error="error",
+)
 
 
 def _measured(path, folders, as_json):
     "What a review says of runs: a table, what it is of, and the choice."
     from aevlp import reviewed
+
     table, notes = reviewed.of_runs(path, list(folders))
     _show(table if as_json else reviewed.shown(table), as_json, index=False)
     for line in () if as_json else [*reviewed.about(notes), reviewed.choice(table)]:
         typer.echo(line)
 
 
-@app.command(epilog=_example("results --dataset glyphs", "results --json > results.json", "results --reviewed reviewed.csv"))
-def results(dataset: Annotated[Optional[str], typer.Option(help="Only this data set.")] = None,
-            method: Annotated[Optional[str], typer.Option(help="Only this method.")] = None,
-            state: Annotated[Optional[str], typer.Option(help="Only done, failed, running or interrupted.")] = None,
-            reviewed: Reviewed = None, as_json: Json = False):
+@app.command(
+    epilog=_example("results --dataset glyphs", "results --json > results.json", "results --reviewed reviewed.csv")
+)
+def results(
+    dataset: Annotated[str | None, typer.Option(help="Only this data set.")] = None,
+    method: Annotated[str | None, typer.Option(help="Only this method.")] = None,
+    state: Annotated[str | None, typer.Option(help="Only done, failed, running or interrupted.")] = None,
+    reviewed: Reviewed = None,
+    as_json: Json = False,
+):
     "All runs with their numbers, in percent; with --reviewed, measured on what a person looked at."
     from aevlp import metrics, runs
+
     table = runs.frame()
     for column, wanted in (("dataset", dataset), ("method", method), ("state", state)):
         table = table if wanted is None else table[table[column] == wanted]
@@ -163,22 +242,38 @@ def results(dataset: Annotated[Optional[str], typer.Option(help="Only this data 
 
 
 @app.command(epilog=_example("report glyphs-aevlp-s0", "report table1 --dataset voc --root DIR"))
-def report(name: Annotated[str, typer.Argument(metavar="RUN|SWEEP", help="A run, or a sweep: a YAML file or table1 … figure3.")],
-           dataset: Annotated[Optional[str], typer.Option(help="Instead of those of the sweep.")] = None, root: Root = None,
-           csv: Csv = None, seeds: Seeds = None, out: Annotated[Optional[Path], typer.Option(help="The page.")] = None):
+def report(
+    name: Annotated[
+        str, typer.Argument(metavar="RUN|SWEEP", help="A run, or a sweep: a YAML file or table1 … figure3.")
+    ],
+    dataset: Annotated[str | None, typer.Option(help="Instead of those of the sweep.")] = None,
+    root: Root = None,
+    csv: Csv = None,
+    seeds: Seeds = None,
+    out: Annotated[Path | None, typer.Option(help="The page.")] = None,
+):
     "One HTML page that can be mailed: how good a run is and where it fails, or the tables of a sweep."
     from aevlp import report as pages
+
     typer.echo(pages.of(name, dataset, root, csv, _numbers(seeds), out))
 
 
 @app.command(epilog=_example("compare glyphs-an-s0 glyphs-aevlp-s0", "compare RUN RUN --out difference.html"))
-def compare(names: Annotated[list[str], typer.Argument(metavar="RUN RUN …", help="Names of runs, their beginnings, or folders.")],
-            out: Annotated[Optional[Path], typer.Option(help="An HTML page too.")] = None, as_json: Json = False):
+def compare(
+    names: Annotated[
+        list[str], typer.Argument(metavar="RUN RUN …", help="Names of runs, their beginnings, or folders.")
+    ],
+    out: Annotated[Path | None, typer.Option(help="An HTML page too.")] = None,
+    as_json: Json = False,
+):
     "What differs between runs: settings, results, classes; paired over seeds and over pictures."
     from aevlp import report as pages
+
     found = pages.compare(names)
     if as_json:
-        typer.echo(json.dumps({k: json.loads(v.reset_index().to_json(orient="records")) for k, v in found.items()}, indent=1))
+        typer.echo(
+            json.dumps({k: json.loads(v.reset_index().to_json(orient="records")) for k, v in found.items()}, indent=1)
+        )
     for key, table in found.items() if not as_json else ():
         if len(table):
             typer.echo(f"{pages.TITLES[key]}\n{table.round(2).to_string(na_rep='–')}\n")
@@ -187,12 +282,22 @@ def compare(names: Annotated[list[str], typer.Argument(metavar="RUN RUN …", he
 
 
 @app.command(epilog=_example("figure figure2", "figure table1 --dataset voc --root DIR"))
-def figure(name: Annotated[str, typer.Argument(help="figure2, figure3, damp_quality, selection, table1 … table6.")],
-           dataset: Dataset = None, root: Root = None, csv: Csv = None, seeds: Seeds = None):
+def figure(
+    name: Annotated[str, typer.Argument(help="figure2, figure3, damp_quality, selection, table1 … table6.")],
+    dataset: Dataset = None,
+    root: Root = None,
+    csv: Csv = None,
+    seeds: Seeds = None,
+):
     "Make a figure or a table from the runs that are there."
     from aevlp import benchmarks, results
+
     given = dict(root=root and str(root.absolute()), csv=csv and str(csv.absolute()), seeds=_numbers(seeds))
-    typer.echo(results.render(name, benchmarks.resolve(dataset, root, csv), **{k: v for k, v in given.items() if v is not None}))
+    typer.echo(
+        results.render(
+            name, benchmarks.resolve(dataset, root, csv), **{k: v for k, v in given.items() if v is not None}
+        )
+    )
 
 # %% ../nbs/17_cli.ipynb #cf804a39
 @app.command(epilog=_example("methods", "methods --json"))
@@ -201,15 +306,27 @@ def methods(as_json: Json = False):
     import pandas as pd
 
     from aevlp.registry import METHODS
-    rows = [dict(name=m.name, title=m.title, loss=m.objective or '–', labels='–' if m.scorer else m.labeler, source=m.source) for m in METHODS.values()]
+
+    rows = [
+        dict(
+            name=m.name, title=m.title, loss=m.objective or "–", labels="–" if m.scorer else m.labeler, source=m.source
+        )
+        for m in METHODS.values()
+    ]
     _show(pd.DataFrame(rows), as_json, index=False)
 
 
 @app.command(epilog=_example("recipe glyphs aevlp", "recipe voc gr --fidelity released"))
-def recipe(dataset: Annotated[str, typer.Argument()] = "glyphs", method: Annotated[str, typer.Argument()] = "aevlp",
-           fidelity: Fidelity = "paper", set_: Set = None, as_json: Json = False):
+def recipe(
+    dataset: Annotated[str, typer.Argument()] = "glyphs",
+    method: Annotated[str, typer.Argument()] = "aevlp",
+    fidelity: Fidelity = "paper",
+    set_: Set = None,
+    as_json: Json = False,
+):
     "Every setting of a method on a data set, with its source."
     from aevlp import recipes, registry
+
     table = recipes.as_table(dataset, registry.get(method).name, fidelity, **recipes.parse_overrides(set_ or []))
     _show(table, as_json)
 
@@ -226,10 +343,18 @@ def _findings(found):
 
 
 @data_app.command("check", epilog=_example("data check voc --root DIR", "data check --root photos/ --csv labels.csv"))
-def data_check(name: Annotated[Optional[str], typer.Argument(help="glyphs, voc, coco, nus, cub, npy or csv; default: what lies there.")] = None,
-               root: Root = None, csv: Csv = None, separator: Separator = None, as_json: Json = False):
+def data_check(
+    name: Annotated[
+        str | None, typer.Argument(help="glyphs, voc, coco, nus, cub, npy or csv; default: what lies there.")
+    ] = None,
+    root: Root = None,
+    csv: Csv = None,
+    separator: Separator = None,
+    as_json: Json = False,
+):
     "What is found beside what is expected; every one of your own pictures is opened."
     from aevlp import benchmarks
+
     found = benchmarks.check(name, root, csv, separator=separator)
     _show(found, True) if as_json else _findings(found)
     if not found.ok.all():
@@ -237,10 +362,14 @@ def data_check(name: Annotated[Optional[str], typer.Argument(help="glyphs, voc, 
 
 
 @data_app.command("fetch", epilog=_example("data fetch voc --root DIR"))
-def data_fetch(name: Annotated[str, typer.Argument(help="voc, coco or cub; nus says what to ask for.")],
-               root: Root = None, as_json: Json = False):
+def data_fetch(
+    name: Annotated[str, typer.Argument(help="voc, coco or cub; nus says what to ask for.")],
+    root: Root = None,
+    as_json: Json = False,
+):
     "Download what is public, resumed and checked."
     from aevlp import benchmarks
+
     _show(benchmarks.fetch(name, root), as_json)
 
 # %% ../nbs/17_cli.ipynb #66977c7c
@@ -248,26 +377,41 @@ def data_fetch(name: Annotated[str, typer.Argument(help="voc, coco or cub; nus s
 def bank_ls(as_json: Json = False):
     "Banks with their size and what they are of."
     from aevlp import bank
+
     _show(bank.banks(), as_json, index=False)
 
 
-@bank_app.command("import", epilog=_example("bank import features.npy --dataset voc --root DIR",
-                                            "bank import features.npy --ids names.txt --dataset voc --root DIR"))
-def bank_import(features: Annotated[Path, typer.Argument(help=".npy, or .safetensors with features and ids.")],
-                dataset: Dataset = None, root: Root = None, csv: Csv = None,
-                ids: Annotated[Optional[Path], typer.Option(help="Which picture a row is of: .npy, or text with one a line.")] = None):
+@bank_app.command(
+    "import",
+    epilog=_example(
+        "bank import features.npy --dataset voc --root DIR",
+        "bank import features.npy --ids names.txt --dataset voc --root DIR",
+    ),
+)
+def bank_import(
+    features: Annotated[Path, typer.Argument(help=".npy, or .safetensors with features and ids.")],
+    dataset: Dataset = None,
+    root: Root = None,
+    csv: Csv = None,
+    ids: Annotated[Path | None, typer.Option(help="Which picture a row is of: .npy, or text with one a line.")] = None,
+):
     "Features computed elsewhere, for `train --set backbone=frozen --set features=NAME`."
     from aevlp import frozen, runs
+
     data = runs.load_data(runs.run_params(dataset, "an", root=root, csv=csv))
     bank = frozen.import_features(features, data, ids)
     n, views, width = bank.shape
-    typer.echo(f"{bank.folder.name}: {n:,} pictures, {views} x {width} numbers; --set backbone=frozen --set features={bank.folder.name}")
+    typer.echo(
+        f"{bank.folder.name}: {n:,} pictures, {views} x {width} numbers; --set backbone=frozen --set "
+        f"features={bank.folder.name}"
+    )
 
 
 @bank_app.command("verify", epilog=_example("bank verify NAME"))
 def bank_verify(name: str, as_json: Json = False):
     "Read a bank and compare its hashes."
     from aevlp import bank
+
     epochs = bank.verify(name)
     _show(epochs, as_json, index=False)
     if (epochs.state == "damaged").any():
@@ -278,23 +422,32 @@ def bank_verify(name: str, as_json: Json = False):
 def bank_rm(name: str):
     "Remove a bank; the next run that needs it computes it again."
     from aevlp import bank
+
     typer.echo(bank.remove(name))
 
 # %% ../nbs/17_cli.ipynb #fdad1403
-@app.command(epilog=_example("predict glyphs-aevlp-s0 photos/ --out predictions.csv",
-                             "predict glyphs-aevlp-s0 photos/ --with-clip"))
-def predict(run: Run, images: Annotated[list[Path], typer.Argument(help="Files and folders.")],
-            out: Annotated[Optional[Path], typer.Option(help=".csv or .parquet; a picture grid goes beside it.")] = None,
-            threshold: Annotated[Optional[float], typer.Option(min=0, max=1, help="Default: calibrated per class.")] = None,
-            reviewed: Reviewed = None,
-            with_clip: Annotated[bool, typer.Option("--with-clip", help="The run's opinion and CLIP's as one.")] = False,
-            as_json: Json = False):
+@app.command(
+    epilog=_example(
+        "predict glyphs-aevlp-s0 photos/ --out predictions.csv", "predict glyphs-aevlp-s0 photos/ --with-clip"
+    )
+)
+def predict(
+    run: Run,
+    images: Annotated[list[Path], typer.Argument(help="Files and folders.")],
+    out: Annotated[Path | None, typer.Option(help=".csv or .parquet; a picture grid goes beside it.")] = None,
+    threshold: Annotated[float | None, typer.Option(min=0, max=1, help="Default: calibrated per class.")] = None,
+    reviewed: Reviewed = None,
+    with_clip: Annotated[bool, typer.Option("--with-clip", help="The run's opinion and CLIP's as one.")] = False,
+    as_json: Json = False,
+):
     "Probabilities and labels of new pictures; with --reviewed, by thresholds of reviewed pictures."
     if reviewed and (threshold is not None or with_clip):
         raise typer.BadParameter(f"give either --{'with-clip' if with_clip else 'threshold'} or --reviewed")
     from aevlp import deploy
+
     if reviewed:
         from aevlp.reviewed import thresholds_of
+
         threshold = thresholds_of(reviewed, run).threshold.to_numpy()
     if out:
         deploy.prediction_files(out)
@@ -309,21 +462,31 @@ def predict(run: Run, images: Annotated[list[Path], typer.Argument(help="Files a
 
 
 @app.command(epilog=_example("export glyphs-aevlp-s0 --onnx"))
-def export(run: Run, onnx: Annotated[bool, typer.Option("--onnx")] = False,
-           torchscript: Annotated[bool, typer.Option("--torchscript")] = False,
-           out: Annotated[Optional[Path], typer.Option(help="Default: in the run's folder.")] = None, as_json: Json = False):
+def export(
+    run: Run,
+    onnx: Annotated[bool, typer.Option("--onnx")] = False,
+    torchscript: Annotated[bool, typer.Option("--torchscript")] = False,
+    out: Annotated[Path | None, typer.Option(help="Default: in the run's folder.")] = None,
+    as_json: Json = False,
+):
     "A model file for other programs, checked against PyTorch."
     if onnx == torchscript:
         raise typer.BadParameter("give either --onnx or --torchscript")
     from aevlp import deploy
+
     made = deploy.export(run, "onnx" if onnx else "torchscript", out)
-    typer.echo(json.dumps(made) if as_json else f"{made['path']}  (differs from PyTorch by at most {made['difference']:.1e} on random input)")
+    typer.echo(
+        json.dumps(made)
+        if as_json
+        else f"{made['path']}  (differs from PyTorch by at most {made['difference']:.1e} on random input)"
+    )
 
 
 @app.command(epilog=_example("card glyphs-aevlp-s0"))
-def card(run: Run, out: Annotated[Optional[Path], typer.Option(help="Default: README.md in the run's folder.")] = None):
+def card(run: Run, out: Annotated[Path | None, typer.Option(help="Default: README.md in the run's folder.")] = None):
     "The model card of a run."
     from aevlp import deploy
+
     typer.echo(deploy.card(run, out))
 
 # %% ../nbs/17_cli.ipynb #e47eed59
@@ -331,13 +494,15 @@ Port = Annotated[int, typer.Option(min=0, max=65535, help="0: any free one.")]
 Browser = Annotated[bool, typer.Option(help="Open a browser.")]
 
 # %% ../nbs/17_cli.ipynb #7c1e5a90
-AnyData = Annotated[Optional[str], typer.Option("--dataset", help="Default glyphs, or your own pictures.")]
-AnyRoot = Annotated[Optional[Path], typer.Option("--root", "--images", help="Folder of the data set, or of your own pictures.")]
-On = Annotated[Optional[str], typer.Option(help="Open on a run.")]
+AnyData = Annotated[str | None, typer.Option("--dataset", help="Default glyphs, or your own pictures.")]
+AnyRoot = Annotated[
+    Path | None, typer.Option("--root", "--images", help="Folder of the data set, or of your own pictures.")
+]
+On = Annotated[str | None, typer.Option(help="Open on a run.")]
 Review = Annotated[bool, typer.Option("--review", help="Say which labels are right, instead of exploring.")]
-Out = Annotated[Optional[Path], typer.Option(help="With --review: your decisions; default reviewed.csv.")]
-Split = Annotated[Optional[str], typer.Option(help="With --review: train, val or test.")]
-Order = Annotated[Optional[str], typer.Option(help="With --review: uncertain, weighted or random.")]
+Out = Annotated[Path | None, typer.Option(help="With --review: your decisions; default reviewed.csv.")]
+Split = Annotated[str | None, typer.Option(help="With --review: train, val or test.")]
+Order = Annotated[str | None, typer.Option(help="With --review: uncertain, weighted or random.")]
 
 
 def _serve(kind, dataset, root, csv, run, set_, review, out, split, order, port, browser):
@@ -351,23 +516,56 @@ def _serve(kind, dataset, root, csv, run, set_, review, out, split, order, port,
     if order not in (None, "uncertain", "weighted", "random"):
         raise typer.BadParameter(f"--order {order} should be uncertain, weighted or random")
     from aevlp import pages, recipes
+
     given = pages.checked(dataset, root, csv, run, recipes.parse_overrides(set_ or []))
-    decisions = dict(out=str((out or Path("reviewed.csv")).absolute()), split=split or "train", order=order) if review else None
+    decisions = (
+        dict(out=str((out or Path("reviewed.csv")).absolute()), split=split or "train", order=order) if review else None
+    )
     page = pages.notebook(given, decisions)
     raise typer.Exit(pages.serve(kind, page, port, browser, typer.echo, lambda text: typer.echo(text, err=True)))
 
 
-@app.command(epilog=_example("lab", "lab --images photos/ --csv labels.csv", "lab --run glyphs-aevlp-s0",
-                             "lab --review --images photos/ --csv labels.csv --out reviewed.csv"))
-def lab(dataset: AnyData = None, root: AnyRoot = None, csv: Csv = None, run: On = None, set_: Set = None, review: Review = False,
-        out: Out = None, split: Split = None, order: Order = None, port: Port = 0, browser: Browser = True):
+@app.command(
+    epilog=_example(
+        "lab",
+        "lab --images photos/ --csv labels.csv",
+        "lab --run glyphs-aevlp-s0",
+        "lab --review --images photos/ --csv labels.csv --out reviewed.csv",
+    )
+)
+def lab(
+    dataset: AnyData = None,
+    root: AnyRoot = None,
+    csv: Csv = None,
+    run: On = None,
+    set_: Set = None,
+    review: Review = False,
+    out: Out = None,
+    split: Split = None,
+    order: Order = None,
+    port: Port = 0,
+    browser: Browser = True,
+):
     "JupyterLab on the explorer, or on the review of labels."
     _serve("jupyterlab", dataset, root, csv, run, set_, review, out, split, order, port, browser)
 
 
-@app.command("app", epilog=_example("app", "app --run glyphs-aevlp-s0", "app --review --split test --run glyphs-aevlp-s0"))
-def voila(dataset: AnyData = None, root: AnyRoot = None, csv: Csv = None, run: On = None, set_: Set = None, review: Review = False,
-          out: Out = None, split: Split = None, order: Order = None, port: Port = 0, browser: Browser = True):
+@app.command(
+    "app", epilog=_example("app", "app --run glyphs-aevlp-s0", "app --review --split test --run glyphs-aevlp-s0")
+)
+def voila(
+    dataset: AnyData = None,
+    root: AnyRoot = None,
+    csv: Csv = None,
+    run: On = None,
+    set_: Set = None,
+    review: Review = False,
+    out: Out = None,
+    split: Split = None,
+    order: Order = None,
+    port: Port = 0,
+    browser: Browser = True,
+):
     "The explorer, or the review of labels, as a page of its own."
     _serve("voila", dataset, root, csv, run, set_, review, out, split, order, port, browser)
 
@@ -375,7 +573,11 @@ def voila(dataset: AnyData = None, root: AnyRoot = None, csv: Csv = None, run: O
 def _warn(message, category, filename, lineno, file=None, line=None):
     "A warning of ours is a line; another one is as Python writes it."
     ours = category.__name__ == "AevlpWarning"
-    shown = f"aevlp: {' '.join(str(message).split())}\n" if ours else warnings.formatwarning(message, category, filename, lineno, line)
+    shown = (
+        f"aevlp: {' '.join(str(message).split())}\n"
+        if ours
+        else warnings.formatwarning(message, category, filename, lineno, line)
+    )
     sys.stderr.write(shown)
 
 

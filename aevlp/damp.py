@@ -19,7 +19,7 @@ def local_threshold(
 ) -> Tensor:  # (B,)
     "The patch score from which on a class is trusted, per image (zeta local)"
     lowest = global_probs.masked_fill(observed != 1, torch.inf).amin(1)
-    return torch.where(lowest.isinf(), 0., lowest.clamp(max=nu))
+    return torch.where(lowest.isinf(), 0.0, lowest.clamp(max=nu))
 
 # %% ../nbs/02_damp.ipynb #d55035e0
 def aggregate(
@@ -45,15 +45,18 @@ def positives(
 def negatives(
     average,  # (B, C) mean of global scores and mean patch scores
     negative_ratio,  # Delta_neg as a fraction in [0, 1]
-    rule='percentile',  # 'percentile' (paper) or 'floor' (released code)
+    rule="percentile",  # 'percentile' (paper) or 'floor' (released code)
 ) -> Tensor:  # (B, C) bool
     "Classes with the lowest average scores of their image"
-    if rule not in ('percentile', 'floor'): raise ValueError(f"rule {rule!r}: 'percentile' or 'floor'.")
-    if not 0 <= negative_ratio <= 1: raise ValueError(f'negative_ratio {negative_ratio}: a fraction between 0 and 1.')
-    if negative_ratio == 0: return torch.zeros_like(average, dtype=torch.bool)
+    if rule not in ("percentile", "floor"):
+        raise ValueError(f"rule {rule!r}: 'percentile' or 'floor'.")
+    if not 0 <= negative_ratio <= 1:
+        raise ValueError(f"negative_ratio {negative_ratio}: a fraction between 0 and 1.")
+    if negative_ratio == 0:
+        return torch.zeros_like(average, dtype=torch.bool)
     classes, exact = average.shape[1], 1e-9  # 0.29 * 100 is 28.999999999999996
-    if rule == 'floor':
-        lowest = average.argsort(dim=1, stable=True)[:, :int(negative_ratio * classes + exact)]
+    if rule == "floor":
+        lowest = average.argsort(dim=1, stable=True)[:, : int(negative_ratio * classes + exact)]
         return torch.zeros_like(average, dtype=torch.bool).scatter_(1, lowest, True)
     rank = int(negative_ratio * (classes - 1) + exact)
     return average <= average.sort(1).values[:, rank, None]
@@ -62,12 +65,14 @@ def negatives(
 @dataclass
 class DampScores:
     "What DAMP computes for a batch, pseudo-labels included"
-    global_probs: Tensor     # (B, C)
-    aggregated: Tensor       # (B, C)
-    final: Tensor            # (B, C) mean of the two above
-    average: Tensor          # (B, C) mean of global and mean patch scores
+
+    global_probs: Tensor  # (B, C)
+    aggregated: Tensor  # (B, C)
+    final: Tensor  # (B, C) mean of the two above
+    average: Tensor  # (B, C) mean of global and mean patch scores
     local_threshold: Tensor  # (B,)
-    pseudo: Tensor           # (B, C) int8 in {-1, 0, 1}
+    pseudo: Tensor  # (B, C) int8 in {-1, 0, 1}
+
 
 def damp(
     probs,  # (B, 1 + R, C) class probabilities; view 0 is the whole image
@@ -78,11 +83,12 @@ def damp(
     top_k,  # positives per image at most
     negative_ratio,  # Delta_neg, a fraction in [0, 1]
     strict=False,  # see `aggregate`
-    rule='percentile',  # see `negatives`
+    rule="percentile",  # see `negatives`
     negatives_as=-1,  # -1 (paper) or 0 (released code)
 ) -> DampScores:
     "Pseudo-labels of a batch (paper, section 5.2)"
-    if probs.ndim != 3 or probs.shape[1] < 2: raise ValueError(f'probs {tuple(probs.shape)}: (images, 1 + patches, classes) with at least one patch.')
+    if probs.ndim != 3 or probs.shape[1] < 2:
+        raise ValueError(f"probs {tuple(probs.shape)}: (images, 1 + patches, classes) with at least one patch.")
     whole, local = probs[:, 0], probs[:, 1:]
     threshold = _zeta_local(whole, observed, local_threshold)
     aggregated = aggregate(local, threshold, strict)
@@ -90,5 +96,6 @@ def damp(
     pseudo = positives(final, top_k, global_threshold).to(torch.int8)
     pseudo = pseudo.masked_fill(negatives(average, negative_ratio, rule), negatives_as)
     return DampScores(whole, aggregated, final, average, threshold, pseudo)
+
 
 _zeta_local = local_threshold  # `damp` has a parameter of that name

@@ -266,7 +266,10 @@ def _check_size(im, path, side):
     pixels, size = im.width * im.height, f"{im.width} x {im.height} pixels"
     most = int(min(MAX_PIXELS, MAX_BYTES * pixels / _cost(im, side))) if pixels else MAX_PIXELS
     if pixels > most:
-        raise AevlpError(f"{path}: {size} are more than can be decoded of such a {im.format}; scale it down to {most // 10**6} megapixels")
+        raise AevlpError(
+            f"{path}: {size} are more than can be decoded of such a {im.format}; scale it down to {most // 10**6} "
+            "megapixels"
+        )
     if pixels > SMALL_PIXELS and {tile[0] for tile in im.tile} & _IN_PYTHON:
         raise AevlpError(f"{path}: {size} in a slow variant of {im.format}; save it as PNG")
     if "progressive" in im.info and pixels * Path(path).read_bytes().count(b"\xff\xda") > _SCANS:
@@ -291,6 +294,7 @@ def _converted(im, factors) -> np.ndarray:  # (H, W, 3) uint8
 def _by_torchvision(path) -> np.ndarray | None:  # None: broken or unusual, Pillow says what it is
     import torch
     from torchvision.io import ImageReadMode, decode_jpeg
+
     with suppress(RuntimeError):
         return decode_jpeg(torch.from_numpy(np.fromfile(path, np.uint8)), ImageReadMode.RGB).permute(1, 2, 0).numpy()
 
@@ -326,7 +330,9 @@ def _opened(path, side):
     except Image.UnidentifiedImageError:
         raise AevlpError(f"{path}: not an image in a known format ({', '.join(FORMATS)})") from None
     except Image.DecompressionBombError:
-        raise AevlpError(f"{path}: far too many pixels (a decompression bomb?); scale it down or leave it out") from None
+        raise AevlpError(
+            f"{path}: far too many pixels (a decompression bomb?); scale it down or leave it out"
+        ) from None
     except Exception as e:  # Pillow's decoders raise a dozen types on broken files
         raise AevlpError(f"{path}: the image cannot be decoded ({type(e).__name__}: {e}); replace it") from e
 
@@ -352,7 +358,7 @@ def made_here(
 
 def decode(
     path,  # an image file
-    side: int | None = None,  # pixels; a picture of more than `SMALL_PIXELS` may be reduced to no less than this in width and height
+    side: int | None = None,  # pixels; a picture above `SMALL_PIXELS` may be reduced to no less than this a side
 ) -> np.ndarray:  # (H, W, 3) uint8
     "The picture as a viewer shows it, RGB on white; of an animation the first frame."
     with _quietly():
@@ -378,7 +384,9 @@ def _label_matrix(name, what, values, shape, allowed) -> np.ndarray:  # int8
     wrong = ~np.isin(values, allowed)
     if wrong.any():
         row, column = np.argwhere(wrong)[0]
-        raise AevlpError(f"{name}: {what} holds {values[row, column]} at row {row}, column {column}; allowed are {allowed}")
+        raise AevlpError(
+            f"{name}: {what} holds {values[row, column]} at row {row}, column {column}; allowed are {allowed}"
+        )
     return values.astype(np.int8)
 
 
@@ -421,11 +429,20 @@ def _stamp(path) -> tuple:  # whatever writes a file anew changes one of them
     return found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
-_MAGIC = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"BM", b"RIFF", b"II*\0", b"MM\0*", *(b"P%d" % n for n in range(1, 7))
+_MAGIC = (
+    b"\xff\xd8\xff",
+    b"\x89PNG\r\n\x1a\n",
+    b"GIF8",
+    b"BM",
+    b"RIFF",
+    b"II*\0",
+    b"MM\0*",
+    *(b"P%d" % n for n in range(1, 7)),
+)
 
 
 def _suspect(data: bytes) -> bool:
-    "Whether a file has an unknown beginning, or an end that is not that of its format: to be decoded before a training."
+    "Whether a file begins or ends otherwise than its format does: to be decoded before a training."
     if data[:2] == b"\xff\xd8":
         return b"\xff\xd9" not in data[-64:]
     if data[:4] == b"\x89PNG":
@@ -460,9 +477,12 @@ def _contents(paths) -> np.ndarray:  # (N, 17) uint8
         with suppress(OSError, AevlpError):  # a home that cannot be written costs the time again, nothing else
             cache.parent.mkdir(parents=True, exist_ok=True)
             with replacing(cache) as file:
-                np.savez(file, names=np.frombuffer(b"".join(known), np.uint8).reshape(-1, 16),
-                         stamps=np.array([stamp for stamp, _ in known.values()], np.int64),
-                         found=np.frombuffer(b"".join(c for _, c in known.values()), np.uint8).reshape(-1, 17))
+                np.savez(
+                    file,
+                    names=np.frombuffer(b"".join(known), np.uint8).reshape(-1, 16),
+                    stamps=np.array([stamp for stamp, _ in known.values()], np.int64),
+                    found=np.frombuffer(b"".join(c for _, c in known.values()), np.uint8).reshape(-1, 17),
+                )
     return np.frombuffer(b"".join(known[name][1] for name in names), np.uint8).reshape(-1, 17)
 
 # %% ../nbs/03_data.ipynb #27a8fe0e
@@ -518,8 +538,10 @@ class LabelledImages:
 
     @cached_property
     def pictures(self) -> str:  # 12 hexadecimal digits
-        "What the pictures are, in their order: a hash of the files; of a benchmark, which does not change, the fingerprint."
-        return hashlib.sha256(_contents(self.paths)[:, :16].tobytes()).hexdigest()[:12] if self.own else self.fingerprint
+        "What the pictures are, in their order: a hash of the files; of a benchmark, the fingerprint."
+        return (
+            hashlib.sha256(_contents(self.paths)[:, :16].tobytes()).hexdigest()[:12] if self.own else self.fingerprint
+        )
 
     def suspects(self) -> np.ndarray:  # positions
         "Pictures that may not be whole, from the first and last bytes of their files; decoding decides."
@@ -592,7 +614,9 @@ def _weights(data, how, scores) -> np.ndarray:  # (N, C) float64
         raise AevlpError(f"{data.name}: observing by {how} needs {what} of shape {shape}, which is missing")
     weights = np.asarray(given, dtype=np.float64)
     if weights.shape != shape or not np.isfinite(weights).all() or (weights < 0).any():
-        raise AevlpError(f"{data.name}: {what} must be finite, not negative, of shape {shape}; found shape {weights.shape}")
+        raise AevlpError(
+            f"{data.name}: {what} must be finite, not negative, of shape {shape}; found shape {weights.shape}"
+        )
     return weights
 
 
@@ -627,7 +651,11 @@ def observe(
         raise AevlpError(f"unknown observation {how!r}; known are {', '.join(OBSERVATIONS)}")
     if data.truth is None:
         raise AevlpError(f"{data.name}: labels cannot be drawn anew, for the truth is unknown")
-    if not isinstance(k, (int, np.integer)) or k < 1 or not all(0 <= f <= 1 for f in (positive_fraction, negative_fraction)):
+    if (
+        not isinstance(k, (int, np.integer))
+        or k < 1
+        or not all(0 <= f <= 1 for f in (positive_fraction, negative_fraction))
+    ):
         raise AevlpError(f"k={k} must be a whole number from 1, and fractions lie in [0, 1]")
     observed = np.zeros_like(data.truth)
     weights = None if how in ("uniform", "fraction") else _weights(data, how, scores)
@@ -646,8 +674,9 @@ def observe(
 
 # %% ../nbs/03_data.ipynb #5c1d7e11
 def _alone():
-    "One thread for torch in this thread; asked for at once, for at its first operation it would take the caller's number."
+    "One thread for torch in this thread; asked for at once, before its first operation takes the caller's number."
     import torch
+
     torch.set_num_threads(1)
     torch.get_num_threads()
 
@@ -663,6 +692,7 @@ PORTABLE = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_CB
 def arithmetic() -> str:  # 'portable', or 'native' with the instructions in use, as 'native AVX512'
     "Which kernels this process computes with on the CPU: torch reads `PORTABLE` from the environment when it starts."
     import torch
+
     chosen = all(os.environ.get(name) == value for name, value in PORTABLE.items())
     kernels = torch.backends.cpu.get_cpu_capability()
     return "portable" if chosen and kernels == "AVX2" else f"native {kernels}"
@@ -674,6 +704,7 @@ def threads(
 ):
     "So many threads for torch inside the `with`, whatever the environment says."
     import torch
+
     before = torch.get_num_threads()
     torch.set_num_threads(count or before)
     try:
@@ -688,6 +719,7 @@ def in_threads(
 ) -> list:  # of what it returns
     "The function of every item, on as many threads as torch uses, each working alone."
     import torch
+
     threads = torch.get_num_threads()
     if min(threads, len(items)) < 2:
         return [function(item) for item in items]
@@ -708,6 +740,7 @@ class Images:
 
     def _item(self, i):
         import torch
+
         return torch.from_numpy(_decode(self.paths[i], self.side)).permute(2, 0, 1), int(i)
 
     def __getitem__(self, i):  # -> (3, H, W) uint8, position
@@ -721,6 +754,7 @@ class Images:
 
 def _collate(items):
     import torch
+
     return [image for image, _ in items], torch.tensor([i for _, i in items], dtype=torch.long)
 
 
@@ -751,11 +785,14 @@ def image_loader(
 ) -> _Batches:  # of (list of (3, H, W) uint8, (B,) long positions)
     "Batches of pictures of any size with their positions; the last one may be smaller."
     from torch.utils.data import DataLoader
+
     if isinstance(batch_size, list):
         batches = dict(batch_sampler=batch_size)
     else:
         batches = dict(batch_size=batch_size, sampler=[int(i) for i in (ids if order is None else order)])
-    return _Batches(DataLoader(Images(data.paths, side), collate_fn=_collate, num_workers=workers, pin_memory=pin_memory, **batches))
+    return _Batches(
+        DataLoader(Images(data.paths, side), collate_fn=_collate, num_workers=workers, pin_memory=pin_memory, **batches)
+    )
 
 
 def epoch_order(

@@ -10,7 +10,6 @@ __all__ = ['SCORE', 'unchanged', 'about', 'thresholds', 'pictures_in', 'label_te
 # %% ../nbs/15c_deploy.ipynb #aacbe262
 import csv
 import html
-import json
 import os
 import re
 import shutil
@@ -26,10 +25,10 @@ from torch import nn
 
 from . import benchmarks, methods, outcome, plots, runs, scorers, train
 from .data import AevlpError, AevlpWarning, LabelledImages, decode, made_here, replacing, write_json, write_text
-from .own import PICTURES
 from .frozen import whole
 from .metrics import ASSUMPTION, MEASURES
 from .models import FROZEN
+from .own import PICTURES
 from .views import evaluation_plan
 
 # %% ../nbs/15c_deploy.ipynb #79ac4fbf
@@ -53,10 +52,14 @@ def about(
     "What a run keeps of its data, and whether they are still the same."
     names, found = train._settings(run / "best.safetensors")["class_names"], outcome.about(run)
     if found and found["class_names"] != names:
-        raise AevlpError(f"{run / 'run.json'}: class_names are not those of best.safetensors; put them right, or remove the file")
+        raise AevlpError(
+            f"{run / 'run.json'}: class_names are not those of best.safetensors; put them right, or remove the file"
+        )
     own = runs.read_params(run)["dataset"] in benchmarks.OWN
     data, why = unchanged(run) if own or not found else (None, None)
-    found = found or (outcome.describe(data) if data else dict(class_names=names, truth=False if own else True, summary=[]))
+    found = found or (
+        outcome.describe(data) if data else dict(class_names=names, truth=False if own else True, summary=[])
+    )
     return found | ({"note": why} if why else {})
 
 
@@ -88,7 +91,10 @@ def _made_again(run, device) -> dict:
             raise AevlpError(f"run {run.name} has no thresholds, and {why}; give one for all classes with --threshold")
         ids = data.splits.get("val", np.empty(0, np.int64))
         if not len(ids):
-            raise AevlpError(f"{data.name} has no validation split to choose thresholds on; give one for all classes with --threshold")
+            raise AevlpError(
+                f"{data.name} has no validation split to choose thresholds on; give one for all classes with "
+                "--threshold"
+            )
         model, settings, _ = train.load_run(run, device)
         probs = train.predict(model, data, ids, settings["recipe"], device).cpu().numpy()
         truth, given = None if data.truth is None else data.truth[ids], data.observed[ids]
@@ -104,9 +110,19 @@ def pictures_in(
     for image in map(Path, images):
         inside, before = [image], len(found)
         for path in sorted(p for p in image.rglob("*") if p.is_file()) if image.is_dir() else ():
-            hidden, picture = any(part.startswith(".") for part in path.relative_to(image).parts), path.suffix.lower() in PICTURES
-            why = "hidden" if hidden else "in no format that can be read; save as JPEG or PNG" if not picture else \
-                "made by aevlp" if made_here(path) else None
+            hidden, picture = (
+                any(part.startswith(".") for part in path.relative_to(image).parts),
+                path.suffix.lower() in PICTURES,
+            )
+            why = (
+                "hidden"
+                if hidden
+                else "in no format that can be read; save as JPEG or PNG"
+                if not picture
+                else "made by aevlp"
+                if made_here(path)
+                else None
+            )
             if why and (picture or not hidden):
                 left.setdefault(why, []).append(str(path.relative_to(image)))
             elif not why:
@@ -121,8 +137,11 @@ def pictures_in(
 
 def _left_out(left) -> str:
     "`; left out: 2 files (why): a.HEIC, b.txt`"
-    parts = [f"{len(names)} {'file' if len(names) == 1 else 'files'} ({why}): {', '.join(names[:10])}" + (", …" if names[10:] else "")
-             for why, names in left.items()]
+    parts = [
+        f"{len(names)} {'file' if len(names) == 1 else 'files'} ({why}): {', '.join(names[:10])}"
+        + (", …" if names[10:] else "")
+        for why, names in left.items()
+    ]
     return f"; left out: {'; '.join(parts)}" if parts else ""
 
 # %% ../nbs/15c_deploy.ipynb #b2f4a9c8
@@ -130,7 +149,10 @@ def label_text(
     names,  # of classes
 ) -> str:
     "Labels as one text that `label_list` reads back."
-    quoted = lambda n: '"' + n.replace('"', '""') + '"' if n != n.strip() or set(n) & set(';"\r\n') else n
+
+    def quoted(n):
+        return '"' + n.replace('"', '""') + '"' if n != n.strip() or set(n) & set(';"\r\n') else n
+
     return "; ".join(map(quoted, names))
 
 
@@ -157,7 +179,7 @@ def fuse(
     device: str = "cpu",
     folder=None,  # of all runs
 ) -> dict:  # what metrics.json has of it from now on
-    "Ask CLIP about the validation and test pictures of a finished run, which joins its opinion to the run's; nothing is trained."
+    "Ask CLIP about a finished run's validation and test pictures, and join both opinions; nothing is trained."
     run = runs.find(run, folder)
     data, why = unchanged(run)
     if data is None:
@@ -172,13 +194,19 @@ def _with_clip(run, settings, names, device) -> tuple:
     with np.load(run / "clip.npz", allow_pickle=False) as kept:
         weights = {k.removeprefix("scorer_"): kept[k] for k in kept.files if k.startswith("scorer_")}
         name, weight, of_val = str(kept["scorer"]), float(kept["weight"]), kept["val_probs"]
-    scorer, val = scorers.build_scorer(name, names, settings["recipe"], device).load(weights), outcome.scored(run, "val")
+    scorer, val = (
+        scorers.build_scorer(name, names, settings["recipe"], device).load(weights),
+        outcome.scored(run, "val"),
+    )
     if val is None:
         cut = np.full(len(names), 0.5)
     else:
         truth = val.targets if about(run)["truth"] else None
         cut = [t for t, _ in outcome.class_thresholds(scorers.fuse(val.probs, of_val, weight), truth, val.observed)]
-    ask = lambda data: train.predict(scorer, data, np.arange(len(data)), settings["recipe"], device).cpu().numpy()
+
+    def ask(data):
+        return train.predict(scorer, data, np.arange(len(data)), settings["recipe"], device).cpu().numpy()
+
     return lambda data, probs: scorers.fuse(probs, ask(data), weight), np.array(cut)
 
 
@@ -194,18 +222,31 @@ def predict(
     run = runs.find(run, folder)
     model, settings, names = train.load_run(run, device)
     join, joint_cut = _with_clip(run, settings, names, device) if with_clip else (None, None)
-    chosen = joint_cut if with_clip and threshold is None else thresholds(run, device).to_numpy() if threshold is None else threshold
+    chosen = (
+        joint_cut
+        if with_clip and threshold is None
+        else thresholds(run, device).to_numpy()
+        if threshold is None
+        else threshold
+    )
     cut = np.broadcast_to(chosen, len(names))
     paths, left = pictures_in(images)
     if left:
         warnings.warn(_left_out(left).lstrip("; "), AevlpWarning, stacklevel=2)
     nothing = np.zeros((len(paths), len(names)), np.int8)
-    data = LabelledImages("pictures", np.array([str(p) for p in paths]), names, nothing, None, {"test": np.arange(len(paths))})
+    data = LabelledImages(
+        "pictures", np.array([str(p) for p in paths]), names, nothing, None, {"test": np.arange(len(paths))}
+    )
     probs = train.predict(model, data, np.arange(len(paths)), settings["recipe"], device).cpu().numpy()
     probs = join(data, probs) if join else probs
     labels = [label_text(n for n, yes in zip(names, row >= cut, strict=True) if yes) for row in probs]
-    return pd.concat([pd.DataFrame({"image": [str(p) for p in paths], "labels": labels}),
-                      pd.DataFrame(probs, columns=_columns(names))], axis=1)
+    return pd.concat(
+        [
+            pd.DataFrame({"image": [str(p) for p in paths], "labels": labels}),
+            pd.DataFrame(probs, columns=_columns(names)),
+        ],
+        axis=1,
+    )
 
 # %% ../nbs/15c_deploy.ipynb #1e1b0434
 def _is_predictions(path) -> bool:
@@ -215,8 +256,12 @@ def _is_predictions(path) -> bool:
     except Exception:  # pandas and pyarrow raise a dozen types on files that are no tables
         return False
     probs = head.iloc[:, 2:]
-    return (list(head.columns[:2]) == ["image", "labels"] and probs.shape[1] > 0 and head.image.map(os.path.isabs).all()
-            and all(d.kind == "f" for d in probs.dtypes))
+    return (
+        list(head.columns[:2]) == ["image", "labels"]
+        and probs.shape[1] > 0
+        and head.image.map(os.path.isabs).all()
+        and all(d.kind == "f" for d in probs.dtypes)
+    )
 
 
 def prediction_files(
@@ -260,8 +305,16 @@ def grid(
             lines = [f"{' '.join(n.split())} {p:.2f}" for p, n in sure[:4]] + more
             ax.set_title("\n".join(lines) or "no label", parse_math=False)
             name = Path(row.image).name
-            ax.text(0.5, -0.02, name if len(name) <= 32 else f"…{name[-31:]}", transform=ax.transAxes, ha="center", va="top",
-                    size=7, parse_math=False)
+            ax.text(
+                0.5,
+                -0.02,
+                name if len(name) <= 32 else f"…{name[-31:]}",
+                transform=ax.transAxes,
+                ha="center",
+                va="top",
+                size=7,
+                parse_math=False,
+            )
     return figure
 
 # %% ../nbs/15c_deploy.ipynb #0d89bfb9
@@ -285,8 +338,17 @@ def _write_onnx(model, example, out):
         raise AevlpError(f"ONNX export needs the package {e.name}: pip install onnx onnxruntime onnxscript") from None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.onnx.export(model, (example,), str(out), input_names=["pictures"], output_names=["probabilities"], dynamo=True,
-                          dynamic_shapes={"pictures": {0: torch.export.Dim("batch")}}, external_data=False, verbose=False)
+        torch.onnx.export(
+            model,
+            (example,),
+            str(out),
+            input_names=["pictures"],
+            output_names=["probabilities"],
+            dynamo=True,
+            dynamic_shapes={"pictures": {0: torch.export.Dim("batch")}},
+            external_data=False,
+            verbose=False,
+        )
     session = onnxruntime.InferenceSession(str(out), providers=["CPUExecutionProvider"])
     return lambda x: session.run(None, {"pictures": x.numpy()})[0]
 
@@ -314,7 +376,10 @@ def _model_files(out) -> tuple:  # model, its JSON
     if out.suffix.lower() == ".json":
         raise AevlpError(f"{out} is the name of what is written beside the model; let it end in .onnx or .pt")
     beside = out.with_suffix(".json")
-    ours = lambda path: {"run", "classes", "input"} <= set(outcome.read_json(beside))  # of the model, by what is beside it
+
+    def ours(path):
+        return {"run", "classes", "input"} <= set(outcome.read_json(beside))  # of the model, by what is beside it
+
     return outcome.keep_foreign(out, ours), outcome.keep_foreign(beside, ours)
 
 
@@ -339,8 +404,11 @@ def export(
         shape, wants = net.input_shape, wants | dict(squash_to=net.input_shape[-1], views=_shares(net))
     model = net if asked else _Probabilities(net).eval()
     out, beside = _model_files(out or run / f"model{ending}")
-    about = dict(run=run.name, input=["batch", *shape]) | wants | dict(
-        output="probability per class", classes=list(names), thresholds=thresholds(run).to_dict())
+    about = (
+        dict(run=run.name, input=["batch", *shape])
+        | wants
+        | dict(output="probability per class", classes=list(names), thresholds=thresholds(run).to_dict())
+    )
     torch.manual_seed(0)
     with torch.no_grad(), tempfile.TemporaryDirectory() as private:
         made = Path(private) / out.name
@@ -348,7 +416,9 @@ def export(
         pictures = torch.randn(5, *shape)
         difference = float(np.abs(reads(pictures) - model(pictures).numpy()).max())
         if not difference < 1e-3:
-            raise runs.RunFailed(f"the {form} file differs from PyTorch by {difference:.2g} on random input; it was not kept")
+            raise runs.RunFailed(
+                f"the {form} file differs from PyTorch by {difference:.2g} on random input; it was not kept"
+            )
         with replacing(out) as file, open(made, "rb") as written:
             shutil.copyfileobj(written, file)
     write_json(beside, about)
@@ -378,7 +448,7 @@ aevlp export {run} --onnx
 
 {title}: {source}, tables of *More Reliable Pseudo-labels, Better Performance* (ICCV 2025). Fidelity `{fidelity}`, seed {seed}. Best epoch {best_epoch} of {epochs_run}, chosen by {select_by} on the validation split.
 Changed from the recipe: {overrides}.
-"""
+"""  # noqa: E501
 
 # %% ../nbs/15c_deploy.ipynb #0ab94d6e
 _RESULTS = """
@@ -419,11 +489,12 @@ def card(
     out=None,  # default README.md in the run's folder
     folder=None,  # of all runs
 ) -> Path:
-    "Write the model card of a finished run: data, method, settings, metrics per class, limits; its report goes beside it."
+    "Write the model card of a finished run: data, method, settings, metrics per class, limits; its report beside it."
     run = runs.find(run, folder)
     metrics, params = metrics_of(run), runs.read_params(run)
     out = outcome.keep_foreign(out or run / "README.md", lambda p: b"\nMade with aevlp " in p.read_bytes())
     from aevlp import report  # which reads thresholds and metrics here
+
     page, picture = report.beside(run, out)
     links = dict(page=quote(page.name), picture=quote(picture.name))
     write_text(out, (_ABOUT + _RESULTS).format(**_card_facts(run, params, metrics), **links))
@@ -437,7 +508,9 @@ def in_markdown(text) -> str:
 
 
 def _table(frame) -> str:
-    return frame.astype(object).where(frame.notna(), None).to_markdown(floatfmt=".2f", missingval="–")  # object: counts stay whole
+    return (
+        frame.astype(object).where(frame.notna(), None).to_markdown(floatfmt=".2f", missingval="–")
+    )  # object: counts stay whole
 
 
 SCORE = {"per_class": "average precision", "per_class_auc_observed": "AUC of given labels"}  # columns of `by_class`
@@ -452,11 +525,18 @@ def by_class(
     "What each class reached on the test split: average precision, where no truth is known AUC of the given labels."
     test, score = outcome.scored(run), metrics.get("per_class" if truth else "per_class_auc_observed")
     score = metrics.get("per_class") if score is None else score  # of a run before it kept AUC
-    positives = metrics.get("per_class_positives" if truth else "per_class_given") or \
-        ({} if test is None else dict(zip(names, (test.targets == 1).sum(0).tolist(), strict=True)))
+    positives = metrics.get("per_class_positives" if truth else "per_class_given") or (
+        {} if test is None else dict(zip(names, (test.targets == 1).sum(0).tolist(), strict=True))
+    )
     first = SCORE["per_class" if truth or "per_class_auc_observed" not in metrics else "per_class_auc_observed"]
-    table = pd.DataFrame({first: [(score or {}).get(n) for n in names], "positives": [positives.get(n) for n in names],
-                          "threshold": outcome.thresholds(run, names) or np.nan}, index=pd.Index(names, name="class"))
+    table = pd.DataFrame(
+        {
+            first: [(score or {}).get(n) for n in names],
+            "positives": [positives.get(n) for n in names],
+            "threshold": outcome.thresholds(run, names) or np.nan,
+        },
+        index=pd.Index(names, name="class"),
+    )
     table[first] = table[first].astype(float).where(table.positives != 0)
     return table if truth else table.rename(columns={"positives": "given"})
 
@@ -468,7 +548,11 @@ def _scores(metrics) -> str:
         found = [(metrics.get(s) or {}).get(key) or [metrics.get(f"{s}_{key}"), None, None] for s in ("val", "test")]
         if any(value is not None for value, *_ in found):
             lines[title if key == "mean_rank" else f"{title}, %"] = [_with_interval(*f) for f in found]
-    assumption = f"\n\nOf given labels: {ASSUMPTION[0].lower()}{ASSUMPTION[1:]}" if any(k in (metrics.get("test") or {}) for k in MEASURES if k != "map") else ""
+    assumption = (
+        f"\n\nOf given labels: {ASSUMPTION[0].lower()}{ASSUMPTION[1:]}"
+        if any(k in (metrics.get("test") or {}) for k in MEASURES if k != "map")
+        else ""
+    )
     return pd.DataFrame(lines, index=["validation", "test"]).T.to_markdown(disable_numparse=True) + assumption
 
 
@@ -480,9 +564,14 @@ def _with_interval(value, low, high) -> str:
 def chosen_by(said: dict) -> str:
     "How many thresholds come from what."
     by = list((said.get("thresholds_from") or {}).values())
-    words = {"truth": "by the highest F1 on clean validation pictures", "given": "so that nine of ten given labels pass",
-             "nothing": "0.5, for want of any label"}
-    return ", ".join(f"{by.count(k)} {text}" for k, text in words.items() if k in by) or "chosen on the validation split"
+    words = {
+        "truth": "by the highest F1 on clean validation pictures",
+        "given": "so that nine of ten given labels pass",
+        "nothing": "0.5, for want of any label",
+    }
+    return (
+        ", ".join(f"{by.count(k)} {text}" for k, text in words.items() if k in by) or "chosen on the validation split"
+    )
 
 
 def _scored(without, classes, truth) -> str:
@@ -497,17 +586,37 @@ def _card_facts(run, params, metrics) -> dict:
     truth = bool(said["truth"]) and (test is None or bool((test.targets >= 0).any()))
     table = by_class(run, metrics, said["class_names"], truth).rename(index=in_markdown)
     score = table.iloc[:, 0]
-    limit = ("It saw full labels in training." if method.name == "full" else
-             "It learned from incomplete labels: what was never given as a positive it may have learned to miss.")
+    limit = (
+        "It saw full labels in training."
+        if method.name == "full"
+        else "It learned from incomplete labels: what was never given as a positive it may have learned to miss."
+    )
     without = int((table.iloc[:, 1] == 0).sum())
-    return dict.fromkeys(("version", "commit", "torch", "device"), "unknown") | params | dict(
-        run=run.name, classes=len(table), title=method.title, source=method.source or "a combination", scores=_scores(metrics),
-        summary=_table(pd.DataFrame(said["summary"]).set_index("split")) if said["summary"] else "Not kept.",
-        observation=params["observation"] or ("as the CSV gives them" if params["csv"] else "one positive per image, drawn at random"),
-        note=f"\n\nSince then: {said['note']}." if said.get("note") else "", empty=said.get("without_positive", "unknown"),
-        score=score.name[0].upper() + score.name[1:], scored=_scored(without, len(table), truth),
-        best_epoch=metrics.get("best_epoch"), epochs_run=metrics.get("epochs_run"), select_by=MEASURES.get(metrics.get("select_by"), "mAP"),
-        overrides=", ".join(f"`{k}={v}`" for k, v in params["overrides"].items()) or "nothing", chosen=chosen_by(said),
-        per_class=_table(table), limit=limit, created=runs.status(run).get("ended", ""),
-        weakest=", ".join(score.nsmallest(3).index) or "unknown, as the truth is",
-        settings=_table(pd.Series(params["recipe"], name="value").rename_axis("setting").astype(str).to_frame()))
+    return (
+        dict.fromkeys(("version", "commit", "torch", "device"), "unknown")
+        | params
+        | dict(
+            run=run.name,
+            classes=len(table),
+            title=method.title,
+            source=method.source or "a combination",
+            scores=_scores(metrics),
+            summary=_table(pd.DataFrame(said["summary"]).set_index("split")) if said["summary"] else "Not kept.",
+            observation=params["observation"]
+            or ("as the CSV gives them" if params["csv"] else "one positive per image, drawn at random"),
+            note=f"\n\nSince then: {said['note']}." if said.get("note") else "",
+            empty=said.get("without_positive", "unknown"),
+            score=score.name[0].upper() + score.name[1:],
+            scored=_scored(without, len(table), truth),
+            best_epoch=metrics.get("best_epoch"),
+            epochs_run=metrics.get("epochs_run"),
+            select_by=MEASURES.get(metrics.get("select_by"), "mAP"),
+            overrides=", ".join(f"`{k}={v}`" for k, v in params["overrides"].items()) or "nothing",
+            chosen=chosen_by(said),
+            per_class=_table(table),
+            limit=limit,
+            created=runs.status(run).get("ended", ""),
+            weakest=", ".join(score.nsmallest(3).index) or "unknown, as the truth is",
+            settings=_table(pd.Series(params["recipe"], name="value").rename_axis("setting").astype(str).to_frame()),
+        )
+    )

@@ -13,7 +13,6 @@ import html
 from io import BytesIO
 
 import anywidget
-import ipywidgets as widgets
 import numpy as np
 import traitlets
 from PIL import Image
@@ -21,34 +20,39 @@ from PIL import Image
 from . import plots
 
 # %% ../nbs/15f_draw.ipynb #982858c9
-VERDICTS = { # name: (symbol, colour, what it means)
-    'given': ('★', plots.BLACK, 'the observed positive label'),
-    'right': ('✓', plots.BLUE, 'positive pseudo-label, and the class is there'),
-    'wrong': ('✗', plots.VERMILLION, 'positive pseudo-label, but the class is not there'),
-    'missed': ('○', '#B37400', 'the class is there, but got no positive pseudo-label'),
-    'missed, marked negative': ('⊖', plots.PURPLE, 'the class is there, but got a negative pseudo-label'),
-    'unknown': ('?', plots.BLUE, 'positive pseudo-label; the truth is unknown'),
-    'negative': ('−', '#666666', 'negative pseudo-label'),
-    '': ('', '#999999', 'no label'),
+VERDICTS = {  # name: (symbol, colour, what it means)
+    "given": ("★", plots.BLACK, "the observed positive label"),
+    "right": ("✓", plots.BLUE, "positive pseudo-label, and the class is there"),
+    "wrong": ("✗", plots.VERMILLION, "positive pseudo-label, but the class is not there"),
+    "missed": ("○", "#B37400", "the class is there, but got no positive pseudo-label"),
+    "missed, marked negative": ("⊖", plots.PURPLE, "the class is there, but got a negative pseudo-label"),
+    "unknown": ("?", plots.BLUE, "positive pseudo-label; the truth is unknown"),
+    "negative": ("−", "#666666", "negative pseudo-label"),
+    "": ("", "#999999", "no label"),
 }
 
 
 def verdicts(
-    pseudo, # (C,) int in {-1,0,1}
-    observed, # (C,) int, 1 = observed positive
-    truth=None, # (C,) int in {0,1}, -1 or None where it is unknown
-) -> list: # C names out of VERDICTS
+    pseudo,  # (C,) int in {-1,0,1}
+    observed,  # (C,) int, 1 = observed positive
+    truth=None,  # (C,) int in {0,1}, -1 or None where it is unknown
+) -> list:  # C names out of VERDICTS
     "What became of every class of one image."
+
     def one(label, seen, true):
-        if seen == 1: return 'given'
-        if label == 1: return 'unknown' if true is None else 'right' if true else 'wrong'
-        if true: return 'missed, marked negative' if label == -1 else 'missed'
-        return 'negative' if label == -1 else ''
+        if seen == 1:
+            return "given"
+        if label == 1:
+            return "unknown" if true is None else "right" if true else "wrong"
+        if true:
+            return "missed, marked negative" if label == -1 else "missed"
+        return "negative" if label == -1 else ""
+
     truth = [None] * len(pseudo) if truth is None else [None if t < 0 else bool(t) for t in truth]
     return [one(int(p), int(o), t) for p, o, t in zip(pseudo, observed, truth)]
 
 # %% ../nbs/15f_draw.ipynb #e7d21a86
-_STAGE = '''
+_STAGE = """
 const BUSY = 'input, textarea, select, [role=slider], [role=combobox], [contenteditable=true]'
 function listen(model, el) {
   const app = () => el.closest('.aevlp-app')
@@ -56,7 +60,8 @@ function listen(model, el) {
   const enter = event => {
     if (!inside(event.target)) return
     app().setAttribute('data-lm-suppress-shortcuts', 'true')
-    if (event.type === 'pointerdown' && !event.target.closest('button, ' + BUSY)) setTimeout(() => el.focus({preventScroll: true}))
+    if (event.type === 'pointerdown' && !event.target.closest('button, ' + BUSY))
+      setTimeout(() => el.focus({preventScroll: true}))
   }
   const key = event => {
     const at = event.target, alone = at === document.body && document.querySelectorAll('.aevlp-app').length === 1
@@ -87,10 +92,10 @@ function listen(model, el) {
   for (const [name, f] of Object.entries(events)) document.addEventListener(name, f, true)
   return () => { for (const [name, f] of Object.entries(events)) document.removeEventListener(name, f, true) }
 }
-'''
+"""
 
 # %% ../nbs/15f_draw.ipynb #7543aa8c
-_STAGE += '''
+_STAGE += """
 const make = (name, attributes) => {
   const node = document.createElementNS('http://www.w3.org/2000/svg', name)
   for (const [k, v] of Object.entries(attributes)) node.setAttribute(k, v)
@@ -102,7 +107,8 @@ function render({model, el}) {
   el.innerHTML = '<div class="frame"><img draggable="false"><svg></svg><div class="tip" hidden></div></div>'
   const [img, svg, tip] = ['img', 'svg', '.tip'].map(q => el.querySelector(q))
   const box = ([x0, y0, x1, y1], i) => {
-    const group = make('g', {class: i === model.get('selected') ? 'box selected' : 'box', style: `--c: ${model.get('colours')[i % model.get('colours').length]}`})
+    const group = make('g', {class: i === model.get('selected') ? 'box selected' : 'box',
+      style: `--c: ${model.get('colours')[i % model.get('colours').length]}`})
     const at = {x: x0, y: y0, width: x1 - x0, height: y1 - y0}
     group.append(make('rect', {...at, class: 'under'}), make('rect', {...at, class: 'over'}))
     const size = model.get('size')[0] / 26
@@ -129,10 +135,10 @@ function render({model, el}) {
   return listen(model, el)
 }
 export default {render}
-'''
+"""
 
 # %% ../nbs/15f_draw.ipynb #4c0ad778
-_STAGE_CSS = '''
+_STAGE_CSS = """
 .aevlp-stage { outline: none; border-radius: 4px; padding: 3px; border: 2px solid transparent; overflow: visible }
 .aevlp-stage:focus { border-color: #56B4E9 }
 .aevlp-stage .frame { position: relative; line-height: 0 }
@@ -144,42 +150,45 @@ _STAGE_CSS = '''
 .aevlp-stage .box:hover .over { stroke-width: 4px }
 .aevlp-stage .selected .over { stroke: #E69F00; stroke-width: 5px }
 .aevlp-stage .selected .under { stroke-width: 8px }
-.aevlp-stage text { font-family: sans-serif; font-weight: 700; fill: black; stroke: white; stroke-width: 0.25em; paint-order: stroke; pointer-events: none }
-.aevlp-stage .tip { position: absolute; left: 6px; bottom: 6px; background: rgba(0,0,0,.82); color: white; padding: 6px 9px;
+.aevlp-stage text { font-family: sans-serif; font-weight: 700; fill: black; stroke: white; stroke-width: 0.25em;
+  paint-order: stroke; pointer-events: none }
+.aevlp-stage .tip { position: absolute; left: 6px; bottom: 6px; background: rgba(0,0,0,.82); color: white;
+  padding: 6px 9px;
   border-radius: 4px; font: 12px/1.45 sans-serif; white-space: pre; pointer-events: none }
-'''
+"""
 
 
 class Stage(anywidget.AnyWidget):
     "A picture with boxes to hover and click, and the keyboard of the app around it."
+
     _esm, _css = _STAGE, _STAGE_CSS
-    src = traitlets.Unicode().tag(sync=True) # data URL
+    src = traitlets.Unicode().tag(sync=True)  # data URL
     alt = traitlets.Unicode().tag(sync=True)
-    size = traitlets.List([1, 1]).tag(sync=True) # width, height in the boxes' pixels
-    boxes = traitlets.List().tag(sync=True) # of x0, y0, x1, y1
-    tips = traitlets.List().tag(sync=True) # a text per box
+    size = traitlets.List([1, 1]).tag(sync=True)  # width, height in the boxes' pixels
+    boxes = traitlets.List().tag(sync=True)  # of x0, y0, x1, y1
+    tips = traitlets.List().tag(sync=True)  # a text per box
     colours = traitlets.List(list(plots.CYCLE)).tag(sync=True)
-    selected = traitlets.Int(-1).tag(sync=True) # the box clicked last, -1 = none
-    shortcuts = traitlets.List().tag(sync=True) # names of the keys that are taken
-    coalesce = traitlets.List().tag(sync=True) # of these, those that wait for `turn`, and come with their number
-    turn = traitlets.Int(0).tag(sync=True) # raised when the last of them is answered
+    selected = traitlets.Int(-1).tag(sync=True)  # the box clicked last, -1 = none
+    shortcuts = traitlets.List().tag(sync=True)  # names of the keys that are taken
+    coalesce = traitlets.List().tag(sync=True)  # of these, those that wait for `turn`, and come with their number
+    turn = traitlets.Int(0).tag(sync=True)  # raised when the last of them is answered
 
 # %% ../nbs/15f_draw.ipynb #5205fdc4
 def jpeg(
-    image, # (H,W,3) uint8
-    side, # the longer side, pixels
+    image,  # (H,W,3) uint8
+    side,  # the longer side, pixels
     quality=88,
 ) -> bytes:
     "A picture made small, as JPEG."
     picture, out = Image.fromarray(image), BytesIO()
     picture.thumbnail((side, side), Image.Resampling.LANCZOS, reducing_gap=2.0)
-    picture.save(out, 'JPEG', quality=quality)
+    picture.save(out, "JPEG", quality=quality)
     return out.getvalue()
 
 
 def data_url(image, side) -> str:
     "A picture small enough for the page, as data URL."
-    return 'data:image/jpeg;base64,' + base64.b64encode(jpeg(image, side)).decode()
+    return "data:image/jpeg;base64," + base64.b64encode(jpeg(image, side)).decode()
 
 # %% ../nbs/15f_draw.ipynb #04a3c944
 _GRID = """
@@ -192,11 +201,13 @@ function render({model, el}) {
   const strip = model.get('strip'), foot = strip ? 0 : 32, gap = 6
   const side = () => model.get('side')
   const columns = () => strip ? 1e9 : Math.max(1, Math.floor((pane.clientWidth + gap) / (side() + gap)))
-  const spot = i => { const c = columns(); return [(i % c) * (side() + gap), Math.floor(i / c) * (side() + foot + gap)] }
+  const spot = i => { const c = columns(); return [(i % c) * (side() + gap),
+    Math.floor(i / c) * (side() + foot + gap)] }
   const visible = () => {
     const n = model.get('count'), c = columns(), high = side() + foot + gap
     const first = strip ? Math.floor(pane.scrollLeft / (side() + gap)) - 3 : (Math.floor(pane.scrollTop / high) - 1) * c
-    const last = strip ? first + Math.ceil(pane.clientWidth / (side() + gap)) + 6 : first + (Math.ceil(pane.clientHeight / high) + 2) * c
+    const last = strip ? first + Math.ceil(pane.clientWidth / (side() + gap)) + 6 :
+      first + (Math.ceil(pane.clientHeight / high) + 2) * c
     return pane.clientWidth ? [Math.max(0, first), Math.min(n, last)] : [0, 0]
   }
 """
@@ -224,7 +235,8 @@ _GRID += """
         if (kept.has(i)) fill(button, kept.get(i))
       }
       const [left, top] = spot(i)
-      Object.assign(button.style, {left: `${left}px`, top: `${top}px`, width: `${side()}px`, height: `${side() + foot}px`})
+      Object.assign(button.style, {left: `${left}px`, top: `${top}px`, width: `${side()}px`,
+        height: `${side() + foot}px`})
       button.classList.toggle('current', i === model.get('current'))
     }
     clearTimeout(timer)
@@ -287,27 +299,33 @@ export default {render}
 # %% ../nbs/15f_draw.ipynb #8631bc24
 class Grid(anywidget.AnyWidget):
     "Thumbnails of a whole list, of which only those in sight are made."
+
     _esm = _GRID
     _css = """
 .aevlp-grid .pane { position: relative; overflow: auto; height: var(--high, 60vh); min-height: 200px }
 .aevlp-grid.strip .pane { height: 62px; min-height: 0; overflow: auto hidden; scrollbar-width: none }
 .aevlp-grid .field { position: relative }
-.aevlp-grid button { position: absolute; padding: 0; border: 0; background: none; color: inherit; cursor: pointer; border-radius: 5px; text-align: left; outline-offset: -3px; overflow: hidden }
+.aevlp-grid button { position: absolute; padding: 0; border: 0; background: none; color: inherit; cursor: pointer;
+  border-radius: 5px; text-align: left; outline-offset: -3px; overflow: hidden }
 .aevlp-grid button.current { outline: 3px solid #E69F00 }
 .aevlp-grid button:hover, .aevlp-grid button:focus-visible { outline: 3px solid #56B4E9 }
-.aevlp-grid img { width: 100%; aspect-ratio: 1; object-fit: cover; border-radius: 3px; display: block; background: #8884 }
-.aevlp-grid span { display: block; font: 11px/15px sans-serif; max-height: 30px; overflow: hidden; overflow-wrap: anywhere }
-.aevlp-grid b { position: absolute; right: 3px; top: 3px; min-width: 16px; padding: 0 3px; border-radius: 8px; background: #D55E00; color: white; font: 700 11px/16px sans-serif; text-align: center }
+.aevlp-grid img { width: 100%; aspect-ratio: 1; object-fit: cover; border-radius: 3px; display: block;
+  background: #8884 }
+.aevlp-grid span { display: block; font: 11px/15px sans-serif; max-height: 30px; overflow: hidden;
+  overflow-wrap: anywhere }
+.aevlp-grid b { position: absolute; right: 3px; top: 3px; min-width: 16px; padding: 0 3px; border-radius: 8px;
+  background: #D55E00; color: white; font: 700 11px/16px sans-serif; text-align: center }
 """
-    count = traitlets.Int(0).tag(sync=True) # of pictures in the list
-    turn = traitlets.Int(0).tag(sync=True) # raised with every new list
-    current = traitlets.Int(-1).tag(sync=True) # the one with the frame
-    side = traitlets.Int(112).tag(sync=True) # of a cell, pixels
-    strip = traitlets.Bool(False).tag(sync=True) # one row
+    count = traitlets.Int(0).tag(sync=True)  # of pictures in the list
+    turn = traitlets.Int(0).tag(sync=True)  # raised with every new list
+    current = traitlets.Int(-1).tag(sync=True)  # the one with the frame
+    side = traitlets.Int(112).tag(sync=True)  # of a cell, pixels
+    strip = traitlets.Bool(False).tag(sync=True)  # one row
 
-    def __init__(self,
-        serve, # function of positions in the list: (JPEG, title, caption, badge) of each
-        choose, # function of the position that was clicked
+    def __init__(
+        self,
+        serve,  # function of positions in the list: (JPEG, title, caption, badge) of each
+        choose,  # function of the position that was clicked
         **kw,
     ):
         super().__init__(**kw)
@@ -315,15 +333,17 @@ class Grid(anywidget.AnyWidget):
         self.on_msg(lambda _, message, __: self._answer(message))
 
     def _answer(self, message):
-        if 'chosen' in message: return self.choose(int(message['chosen']))
-        want = [i for i in map(int, message['want'][:24]) if 0 <= i < self.count]
-        found = self.serve(want) if message['turn'] == self.turn else []
+        if "chosen" in message:
+            return self.choose(int(message["chosen"]))
+        want = [i for i in map(int, message["want"][:24]) if 0 <= i < self.count]
+        found = self.serve(want) if message["turn"] == self.turn else []
         items = [[i, *rest] for i, (_, *rest) in zip(want, found)]
-        self.send({'turn': message['turn'], 'items': items}, buffers=[f[0] for f in found])
+        self.send({"turn": message["turn"], "items": items}, buffers=[f[0] for f in found])
 
     def renew(self, count):
         "Another list."
-        with self.hold_sync(): self.count, self.current, self.turn = count, -1, self.turn + 1
+        with self.hold_sync():
+            self.count, self.current, self.turn = count, -1, self.turn + 1
 
 # %% ../nbs/15f_draw.ipynb #449b691c
 _MAP = """
@@ -337,7 +357,8 @@ function render({model, el}) {
     svg.append(node)
     return node
   }
-  const numbers = (name, Kind) => { const v = model.get(name); return new Kind(v.buffer.slice(v.byteOffset, v.byteOffset + v.byteLength)) }
+  const numbers = (name, Kind) => { const v = model.get(name); return new Kind(v.buffer.slice(v.byteOffset,
+    v.byteOffset + v.byteLength)) }
   let xy = [], near = -1, lasso = null, wide = 1000
   const X = i => wide * xy[2 * i], Y = i => 1000 - 1000 * xy[2 * i + 1]
   const draw = () => {
@@ -348,7 +369,8 @@ function render({model, el}) {
     const paths = names.map(() => []), dot = xy.length > 8000 ? 9 : 13
     for (let i = 0; i < group.length; i++) paths[group[i]].push(`M${X(i).toFixed(1)} ${Y(i).toFixed(1)}h0`)
     svg.replaceChildren()
-    paths.forEach((p, k) => make('path', {d: p.join(''), stroke: colours[k], 'stroke-width': dot, 'stroke-linecap': 'round', opacity: k ? 0.8 : 0.3, fill: 'none'}))
+    paths.forEach((p, k) => make('path', {d: p.join(''), stroke: colours[k], 'stroke-width': dot,
+      'stroke-linecap': 'round', opacity: k ? 0.8 : 0.3, fill: 'none'}))
     svg.ring = make('circle', {r: 12, fill: 'none', stroke: 'currentColor', 'stroke-width': 3, visibility: 'hidden'})
     svg.line = make('path', {fill: '#E69F0033', stroke: '#E69F00', 'stroke-width': 3})
     legend.replaceChildren(...names.map((name, k) => {
@@ -362,10 +384,14 @@ function render({model, el}) {
 
 # %% ../nbs/15f_draw.ipynb #af591a98
 _MAP += """
-  const at = event => { const p = new DOMPoint(event.clientX, event.clientY).matrixTransform(svg.getScreenCTM().inverse()); return [p.x / wide, 1 - p.y / 1000] }
+  const at = event => { const p = new DOMPoint(event.clientX,
+    event.clientY).matrixTransform(svg.getScreenCTM().inverse()); return [p.x / wide, 1 - p.y / 1000] }
   const closest = ([x, y]) => {
     let best = -1, least = 0.0009
-    for (let i = 0; i < xy.length / 2; i++) { const d = ((xy[2 * i] - x) * wide / 1000) ** 2 + (xy[2 * i + 1] - y) ** 2; if (d < least) { least = d; best = i } }
+    for (let i = 0; i < xy.length / 2; i++) {
+      const d = ((xy[2 * i] - x) * wide / 1000) ** 2 + (xy[2 * i + 1] - y) ** 2
+      if (d < least) { least = d; best = i }
+    }
     return best
   }
   const inside = ([x, y], way) => way.reduce((odd, [x1, y1], k) => {
@@ -376,7 +402,8 @@ _MAP += """
   svg.onpointermove = event => {
     if (lasso) {
       lasso.push(at(event))
-      return svg.line.setAttribute('d', lasso.map(([x, y], k) => `${k ? 'L' : 'M'}${wide * x} ${1000 - 1000 * y}`).join('') + 'Z')
+      return svg.line.setAttribute('d', lasso.map(([x, y],
+        k) => `${k ? 'L' : 'M'}${wide * x} ${1000 - 1000 * y}`).join('') + 'Z')
     }
     const i = closest(at(event))
     if (i !== near) { near = i; tip.hidden = true; if (i >= 0) model.send({near: i}) }
@@ -388,15 +415,18 @@ _MAP += """
     const way = lasso ?? [], far = Math.max(0, ...way.map(([x, y]) => Math.hypot(x - way[0][0], y - way[0][1])))
     lasso = null
     svg.line.setAttribute('d', '')
-    if (far > 0.02) model.send({lasso: [...Array(xy.length / 2).keys()].filter(i => inside([xy[2 * i], xy[2 * i + 1]], way))})
+    if (far > 0.02) model.send({lasso: [...Array(xy.length / 2).keys()].filter(i => inside([xy[2 * i], xy[2 * i + 1]],
+      way))})
     else if (way.length && closest(way[0]) >= 0) model.send({chosen: closest(way[0])})
   }
   model.on('msg:custom', (message, buffers) => {
     if (message.tip !== near) return
     const url = URL.createObjectURL(new Blob([buffers[0]], {type: 'image/jpeg'}))
-    tip.replaceChildren(Object.assign(document.createElement('img'), {src: url, onload: () => URL.revokeObjectURL(url)}), message.text)
+    tip.replaceChildren(Object.assign(document.createElement('img'), {src: url,
+      onload: () => URL.revokeObjectURL(url)}), message.text)
     const r = svg.getBoundingClientRect(), left = xy[2 * near] * r.width
-    Object.assign(tip.style, {left: `${left > r.width / 2 ? left - 190 : left + 30}px`, top: `${Math.max(0, (1 - xy[2 * near + 1]) * r.height - 60)}px`})
+    Object.assign(tip.style, {left: `${left > r.width / 2 ? left - 190 : left + 30}px`,
+      top: `${Math.max(0, (1 - xy[2 * near + 1]) * r.height - 60)}px`})
     tip.hidden = false
   })
   for (const name of ['points', 'groups']) model.on('change:' + name, draw)
@@ -410,23 +440,28 @@ export default {render}
 # %% ../nbs/15f_draw.ipynb #b3ba62d9
 class Map(anywidget.AnyWidget):
     "Points in colours, to hover, to click and to catch with a lasso."
+
     _esm = _MAP
     _css = """
 .aevlp-map { position: relative }
-.aevlp-map svg { width: 100%; height: calc(var(--high, 60vh) - 60px); touch-action: none; cursor: crosshair; box-sizing: border-box; border: 1px solid var(--jp-border-color2, #ccc); border-radius: 4px }
+.aevlp-map svg { width: 100%; height: calc(var(--high, 60vh) - 60px); touch-action: none; cursor: crosshair;
+  box-sizing: border-box; border: 1px solid var(--jp-border-color2, #ccc); border-radius: 4px }
 .aevlp-map .legend span { margin-right: 14px; white-space: nowrap }
 .aevlp-map .legend i { display: inline-block; width: 10px; height: 10px; border-radius: 5px; margin-right: 4px }
-.aevlp-map .tip { position: absolute; width: 160px; background: rgba(0,0,0,.85); color: white; padding: 5px; border-radius: 4px; font: 12px/1.4 sans-serif; pointer-events: none; white-space: pre-wrap; overflow-wrap: anywhere }
+.aevlp-map .tip { position: absolute; width: 160px; background: rgba(0,0,0,.85); color: white; padding: 5px;
+  border-radius: 4px; font: 12px/1.4 sans-serif; pointer-events: none; white-space: pre-wrap;
+  overflow-wrap: anywhere }
 .aevlp-map .tip img { display: block; max-width: 150px; max-height: 120px; margin-bottom: 3px }
 """
-    points = traitlets.Bytes(b'').tag(sync=True) # (n,2) float32 in [0,1]
-    groups = traitlets.Bytes(b'').tag(sync=True) # (n,) uint8, numbers of `names`; 0 lies behind
-    names = traitlets.List().tag(sync=True) # of the groups
-    colours = traitlets.List().tag(sync=True) # of the groups
+    points = traitlets.Bytes(b"").tag(sync=True)  # (n,2) float32 in [0,1]
+    groups = traitlets.Bytes(b"").tag(sync=True)  # (n,) uint8, numbers of `names`; 0 lies behind
+    names = traitlets.List().tag(sync=True)  # of the groups
+    colours = traitlets.List().tag(sync=True)  # of the groups
 
 
 class Pick(anywidget.AnyWidget):
     "HTML whose parts with `data-pick` can be clicked."
+
     _esm = """
 function render({model, el}) {
   el.classList.add('aevlp-pick')
@@ -444,23 +479,27 @@ export default {render}
 .aevlp-pick tr[data-pick]:hover, .aevlp-pick .chip[data-pick]:hover { background: #56B4E944 !important }
 .aevlp-pick rect[data-pick]:hover { stroke: #E69F00; stroke-width: 2px }
 """
-    value = traitlets.Unicode('').tag(sync=True) # HTML
+    value = traitlets.Unicode("").tag(sync=True)  # HTML
 
 # %% ../nbs/15f_draw.ipynb #40eb4e67
 CSS = """<style>
 .aevlp-app { font: 13px/1.5 var(--jp-ui-font-family, sans-serif); color: var(--jp-ui-font-color1, #222); gap: 4px }
 .aevlp-app table { border-collapse: collapse; width: 100%; font-size: inherit; margin: 0 }
-.aevlp-app th { text-align: left; font-weight: 600; color: var(--jp-ui-font-color2, #666); border-bottom: 1px solid var(--jp-border-color1, #bbb) }
-.aevlp-app td, .aevlp-app th { padding: 2px 8px 2px 2px; line-height: 1.5; text-align: left; background: none; vertical-align: middle; max-width: none }
+.aevlp-app th { text-align: left; font-weight: 600; color: var(--jp-ui-font-color2, #666);
+  border-bottom: 1px solid var(--jp-border-color1, #bbb) }
+.aevlp-app td, .aevlp-app th { padding: 2px 8px 2px 2px; line-height: 1.5; text-align: left; background: none;
+  vertical-align: middle; max-width: none }
 .aevlp-app tr { background: none !important; border-bottom: 1px solid var(--jp-border-color3, #eee) }
-.aevlp-app b.sign { display: inline-block; width: 1.4em; text-align: center; font-size: 15px; line-height: 18px; border-radius: 3px; margin-right: 4px; background: white }
+.aevlp-app b.sign { display: inline-block; width: 1.4em; text-align: center; font-size: 15px; line-height: 18px;
+  border-radius: 3px; margin-right: 4px; background: white }
 .aevlp-app .soft { color: var(--jp-ui-font-color2, #666) }
 .aevlp-app .note { color: var(--jp-warn-color0, #B34700) }
 .aevlp-app .widget-readout { min-width: 44px; width: 44px }
 .aevlp-app .chip { white-space: nowrap; display: inline-block; margin-right: 10px; border-radius: 3px }
 .aevlp-app .jupyter-button.mod-info { background: #0072B2 }
 .aevlp-app h4 { margin: 4px 0; font-size: 13px }
-.aevlp-app kbd { border: 1px solid var(--jp-border-color1, #bbb); border-radius: 3px; padding: 0 4px; font-size: 11px; background: var(--jp-layout-color2, #eee); color: inherit }
+.aevlp-app kbd { border: 1px solid var(--jp-border-color1, #bbb); border-radius: 3px; padding: 0 4px; font-size: 11px;
+  background: var(--jp-layout-color2, #eee); color: inherit }
 .aevlp-app svg text { fill: currentColor; font-family: inherit }
 .aevlp-app .tight td { padding-top: 0; padding-bottom: 0; line-height: 21px; white-space: nowrap }
 .aevlp-app td.wide { width: 60%; padding: 0; height: 21px }
@@ -471,223 +510,357 @@ CSS = """<style>
 
 
 def sign(
-    verdict, # a name of `VERDICTS`
-    text=None, # beside the symbol; default the name
-) -> str: # HTML
+    verdict,  # a name of `VERDICTS`
+    text=None,  # beside the symbol; default the name
+) -> str:  # HTML
     "The symbol of a verdict."
     symbol, colour, meaning = VERDICTS[verdict]
-    return (f'<span title="{html.escape(meaning)}"><b class="sign" style="color:{colour}">{symbol}</b>'
-            f'{html.escape(verdict if text is None else text)}</span>')
+    return (
+        f'<span title="{html.escape(meaning)}"><b class="sign" style="color:{colour}">{symbol}</b>'
+        f"{html.escape(verdict if text is None else text)}</span>"
+    )
 
 
 def legend_html(names=tuple(VERDICTS)) -> str:
     "The symbols and what they mean."
-    return '<div class="soft">' + ''.join(f'<span class="chip">{sign(v)}</span>' for v in names if v) + '</div>'
+    return '<div class="soft">' + "".join(f'<span class="chip">{sign(v)}</span>' for v in names if v) + "</div>"
 
 
 def is_there(
-    truth, # 1, 0, or -1 or None where it is unknown
-) -> str: # HTML
+    truth,  # 1, 0, or -1 or None where it is unknown
+) -> str:  # HTML
     "The truth in words."
-    return '<span class="soft">unknown</span>' if truth is None or truth < 0 else 'there' if truth else '<span class="soft">not there</span>'
+    return (
+        '<span class="soft">unknown</span>'
+        if truth is None or truth < 0
+        else "there"
+        if truth
+        else '<span class="soft">not there</span>'
+    )
 
 # %% ../nbs/15f_draw.ipynb #2edd0fcb
 def score_bar(
-    final, # the bar, in [0,1]
-    label, # 1, -1 or 0: how it is filled
-    marks=(), # (value, 'circle', 'diamond' or 'tick', colour), each
-    lines=(), # (value, colour, dashed), each a threshold
-    title='', # shown when pointed at
-) -> str: # SVG as wide as its cell
+    final,  # the bar, in [0,1]
+    label,  # 1, -1 or 0: how it is filled
+    marks=(),  # (value, 'circle', 'diamond' or 'tick', colour), each
+    lines=(),  # (value, colour, dashed), each a threshold
+    title="",  # shown when pointed at
+) -> str:  # SVG as wide as its cell
     "A score with its parts and its thresholds."
-    x = lambda v: f'{100 * float(v):.1f}%'
-    dashes = lambda n, yes: f'stroke-dasharray="{n}"' if yes else ''
-    fill, edge = {1: ('#56B4E9', '#56B4E9'), -1: ('none', '#888'), 0: ('#8886', '#8886')}[int(label)]
-    out = [f'<svg width="100%" height="21"><title>{html.escape(title)}</title><rect width="100%" height="21" fill="transparent"/>',
-           f'<rect y="5" height="11" width="{x(final)}" fill="{fill}" stroke="{edge}" {dashes(3, label < 0)}/>']
+
+    def x(v):
+        return f"{100 * float(v):.1f}%"
+
+    def dashes(n, yes):
+        return f'stroke-dasharray="{n}"' if yes else ""
+
+    fill, edge = {1: ("#56B4E9", "#56B4E9"), -1: ("none", "#888"), 0: ("#8886", "#8886")}[int(label)]
+    out = [
+        f'<svg width="100%" height="21"><title>{html.escape(title)}</title><rect width="100%" height="21" '
+        'fill="transparent"/>',
+        f'<rect y="5" height="11" width="{x(final)}" fill="{fill}" stroke="{edge}" {dashes(3, label < 0)}/>',
+    ]
     for v, colour, dashed in lines:
         out.append(f'<line x1="{x(v)}" x2="{x(v)}" y2="21" stroke="{colour}" stroke-width="2" {dashes(4, dashed)}/>')
-    shapes = {'circle': '<circle r="4" fill="{c}"/>', 'diamond': '<path d="M0-5 5 0 0 5-5 0Z" fill="{c}"/>',
-              'tick': '<path d="M0-7V7" stroke="{c}" stroke-width="2.5"/>'}
-    out += [f'<svg x="{x(v)}" y="10.5" overflow="visible">{shapes[shape].format(c=colour)}</svg>' for v, shape, colour in marks]
-    return ''.join(out) + '</svg>'
+    shapes = {
+        "circle": '<circle r="4" fill="{c}"/>',
+        "diamond": '<path d="M0-5 5 0 0 5-5 0Z" fill="{c}"/>',
+        "tick": '<path d="M0-7V7" stroke="{c}" stroke-width="2.5"/>',
+    }
+    out += [
+        f'<svg x="{x(v)}" y="10.5" overflow="visible">{shapes[shape].format(c=colour)}</svg>'
+        for v, shape, colour in marks
+    ]
+    return "".join(out) + "</svg>"
 
 
-_MARKS = {'whole picture': ('circle', plots.BLUE), 'patches': ('diamond', plots.VERMILLION), 'average': ('tick', 'currentColor')}
+_MARKS = {
+    "whole picture": ("circle", plots.BLUE),
+    "patches": ("diamond", plots.VERMILLION),
+    "average": ("tick", "currentColor"),
+}
 
 
 def marks_html() -> str:
     "What the marks along a score mean."
-    small = lambda shape, colour: score_bar(0, 0, [(0.5, shape, colour)]).replace('100%" height="21"', '14" height="21"', 1)
-    parts = [f'<span class="chip" style="vertical-align:middle">{small(*mark)}</span><span class="chip">{name}</span>' for name, mark in _MARKS.items()]
-    line = lambda colour, dash: f'<span class="chip" style="border-left:2px {dash} {colour};height:13px;margin-right:4px;vertical-align:middle"></span>'
-    return ('<div class="soft marks"><span class="chip">bar: final</span>' + ''.join(parts) + line(plots.GREEN, 'solid')
-            + '<span class="chip">global ζ (final)</span>' + line(plots.PURPLE, 'dashed') + '<span class="chip">local (patches)</span></div>')
+
+    def small(shape, colour):
+        return score_bar(0, 0, [(0.5, shape, colour)]).replace('100%" height="21"', '14" height="21"', 1)
+
+    parts = [
+        f'<span class="chip" style="vertical-align:middle">{small(*mark)}</span><span class="chip">{name}</span>'
+        for name, mark in _MARKS.items()
+    ]
+
+    def line(colour, dash):
+        return (
+            f'<span class="chip" style="border-left:2px {dash} '
+            f'{colour};height:13px;margin-right:4px;vertical-align:middle"></span>'
+        )
+
+    return (
+        '<div class="soft marks"><span class="chip">bar: final</span>'
+        + "".join(parts)
+        + line(plots.GREEN, "solid")
+        + '<span class="chip">global ζ (final)</span>'
+        + line(plots.PURPLE, "dashed")
+        + '<span class="chip">local (patches)</span></div>'
+    )
 
 # %% ../nbs/15f_draw.ipynb #7092564d
 def labels_html(
-    class_names, # C names
-    found, # C verdicts
-    scores, # `DampScores` of one row
-    threshold, # zeta global
-    truth=None, # (C,) in {0,1,-1}, or None
-    other=None, # (name, C verdicts) to compare with
-    keep=(), # numbers of classes that always show, marked
-    top=11, # rows at least, where there are as many classes
-) -> str: # HTML
+    class_names,  # C names
+    found,  # C verdicts
+    scores,  # `DampScores` of one row
+    threshold,  # zeta global
+    truth=None,  # (C,) in {0,1,-1}, or None
+    other=None,  # (name, C verdicts) to compare with
+    keep=(),  # numbers of classes that always show, marked
+    top=11,  # rows at least, where there are as many classes
+) -> str:  # HTML
     "Given label, truth, pseudo-labels and scores of the classes that matter, thresholds through all of them."
     every = [found] if other is None else [found, other[1]]
-    glob, agg, final, avg, pseudo = (np.asarray(getattr(scores, k)[0], float) for k in ('global_probs', 'aggregated', 'final', 'average', 'pseudo'))
-    order, local = np.argsort(-final, kind='stable'), float(scores.local_threshold[0])
-    matter = {c for c in range(len(final)) if any(v[c] not in ('', 'negative') for v in every)} | set(keep)
-    rows = sorted(matter | set(order[:max(0, top - len(matter - set(order[:top])))].tolist()), key=list(order).index)
-    lines, cells = ((threshold, plots.GREEN, False), (local, plots.PURPLE, True)), ''
+    glob, agg, final, avg, pseudo = (
+        np.asarray(getattr(scores, k)[0], float) for k in ("global_probs", "aggregated", "final", "average", "pseudo")
+    )
+    order, local = np.argsort(-final, kind="stable"), float(scores.local_threshold[0])
+    matter = {c for c in range(len(final)) if any(v[c] not in ("", "negative") for v in every)} | set(keep)
+    rows = sorted(matter | set(order[: max(0, top - len(matter - set(order[:top])))].tolist()), key=list(order).index)
+    lines, cells = ((threshold, plots.GREEN, False), (local, plots.PURPLE, True)), ""
     for c in rows:
-        title = f'{class_names[c]}: final {final[c]:.3f}, whole picture {glob[c]:.3f}, patches {agg[c]:.3f}, average {avg[c]:.3f}'
+        title = (
+            f"{class_names[c]}: final {final[c]:.3f}, whole picture {glob[c]:.3f}, patches {agg[c]:.3f}, average "
+            f"{avg[c]:.3f}"
+        )
         marks = [(v[c], *mark) for v, mark in zip((glob, agg, avg), _MARKS.values())]
-        cells += (f'<tr{" class=kept" if c in keep else ""}><td>{html.escape(class_names[c])}</td>' + ''.join(f'<td>{sign(v[c])}</td>' for v in every)
-                  + f'<td>{is_there(None if truth is None else truth[c])}</td><td>{final[c]:.2f}</td>'
-                  + f'<td class="wide">{score_bar(final[c], pseudo[c], marks, lines, title)}</td></tr>')
-    heads = ['class', 'label'] + ([] if other is None else [html.escape(other[0])]) + ['truth', 'score', '']
-    out = '<table class="tight"><tr>' + ''.join(f'<th>{h}</th>' for h in heads) + f'</tr>{cells}</table>'
-    return out + ''.join(_negatives(class_names, v, final, name) for v, name in zip(every, ('', '' if other is None else other[0])))
+        cells += (
+            f"<tr{' class=kept' if c in keep else ''}><td>{html.escape(class_names[c])}</td>"
+            + "".join(f"<td>{sign(v[c])}</td>" for v in every)
+            + f"<td>{is_there(None if truth is None else truth[c])}</td><td>{final[c]:.2f}</td>"
+            + f'<td class="wide">{score_bar(final[c], pseudo[c], marks, lines, title)}</td></tr>'
+        )
+    heads = ["class", "label"] + ([] if other is None else [html.escape(other[0])]) + ["truth", "score", ""]
+    out = '<table class="tight"><tr>' + "".join(f"<th>{h}</th>" for h in heads) + f"</tr>{cells}</table>"
+    return out + "".join(
+        _negatives(class_names, v, final, name) for v, name in zip(every, ("", "" if other is None else other[0]))
+    )
 
 
 def _negatives(class_names, found, final, of):
-    minus = [class_names[c] for c in np.argsort(final, kind='stable') if found[c] == 'negative']
-    listed = ', '.join(f'− {html.escape(n)}' for n in minus) or 'none'
-    return f'<details class="soft"><summary>{len(minus)} negative{f" ({html.escape(of)})" if of else ""}</summary>{listed}</details>'
+    minus = [class_names[c] for c in np.argsort(final, kind="stable") if found[c] == "negative"]
+    listed = ", ".join(f"− {html.escape(n)}" for n in minus) or "none"
+    return (
+        f'<details class="soft"><summary>{len(minus)} '
+        f"negative{f' ({html.escape(of)})' if of else ''}</summary>{listed}</details>"
+    )
 
 # %% ../nbs/15f_draw.ipynb #34817333
 def heat_html(
-    probs, # (1+R,C) similarities of the views in [0,1], the whole picture first
-    class_names, # C names
-    given=(), # numbers of the given classes, marked with a star
-    selected=None, # the patch to stress, 0..R-1
-    keep=(), # numbers of classes that always show
-    most=24, # classes shown
-) -> str: # SVG as wide as its cell
+    probs,  # (1+R,C) similarities of the views in [0,1], the whole picture first
+    class_names,  # C names
+    given=(),  # numbers of the given classes, marked with a star
+    selected=None,  # the patch to stress, 0..R-1
+    keep=(),  # numbers of classes that always show
+    most=24,  # classes shown
+) -> str:  # SVG as wide as its cell
     "Similarity of every view to the classes that any view sees."
     probs = np.asarray(probs, float)
-    order = np.argsort(-probs.max(0), kind='stable')
+    order = np.argsort(-probs.max(0), kind="stable")
     first = [*dict.fromkeys([*map(int, given), *map(int, keep)])]
-    shown = sorted({*first, *order[:max(0, most - len(first))].tolist()})
+    shown = sorted({*first, *order[: max(0, most - len(first))].tolist()})
     wide, high, top, left = 100 / len(shown), 15, 74, 46
-    at = lambda k: f'{k * wide:.3f}%'
+
+    def at(k):
+        return f"{k * wide:.3f}%"
+
     cells, names = [], []
     for k, c in enumerate(shown):
-        name = ('★ ' if c in given else '') + class_names[c]
-        names.append(f'<svg x="{(k + 0.5) * wide:.3f}%" y="{top - 4}" overflow="visible"><text transform="rotate(-45)" font-size="11">{html.escape(name)}</text></svg>')
+        name = ("★ " if c in given else "") + class_names[c]
+        names.append(
+            f'<svg x="{(k + 0.5) * wide:.3f}%" y="{top - 4}" overflow="visible"><text transform="rotate(-45)" '
+            f'font-size="11">{html.escape(name)}</text></svg>'
+        )
         for v, p in enumerate(probs[:, c]):
-            title = f'{"whole picture" if v == 0 else f"patch {v}"}, {class_names[c]}: {p:.3f}'
-            cells.append(f'<rect x="{at(k)}" y="{top + v * high + (3 if v else 0)}" width="{wide:.3f}%" height="{high - 1}" fill="#0072B2" '
-                         f'fill-opacity="{max(p, 0.03):.3f}" stroke="#8882"><title>{html.escape(title)}</title></rect>')
-    rows = ''.join(f'<text x="-4" y="{top + v * high + 12 + (2 if v else 0)}" text-anchor="end" font-size="11">{v or "whole"}</text>' for v in range(len(probs)))
-    ring = '' if selected is None else (f'<rect x="0" y="{top + (selected + 1) * high + 2}" width="100%" height="{high}" fill="none" stroke="#E69F00" stroke-width="2.5"/>')
+            title = f"{'whole picture' if v == 0 else f'patch {v}'}, {class_names[c]}: {p:.3f}"
+            cells.append(
+                f'<rect x="{at(k)}" y="{top + v * high + (3 if v else 0)}" width="{wide:.3f}%" height="{high - 1}" '
+                'fill="#0072B2" '
+                f'fill-opacity="{max(p, 0.03):.3f}" stroke="#8882"><title>{html.escape(title)}</title></rect>'
+            )
+    rows = "".join(
+        f'<text x="-4" y="{top + v * high + 12 + (2 if v else 0)}" text-anchor="end" '
+        f'font-size="11">{v or "whole"}</text>'
+        for v in range(len(probs))
+    )
+    ring = (
+        ""
+        if selected is None
+        else (
+            f'<rect x="0" y="{top + (selected + 1) * high + 2}" width="100%" height="{high}" fill="none" '
+            'stroke="#E69F00" stroke-width="2.5"/>'
+        )
+    )
     rest = len(class_names) - len(shown)
-    said = '' if not rest else f'<div class="soft">{rest} {"class" if rest == 1 else "classes"} below {np.delete(probs, shown, 1).max() + 0.0005:.3f} left out</div>'
-    return (f'<div style="padding:0 40px 0 {left}px"><svg width="100%" height="{top + len(probs) * high + 6}" style="overflow:visible">'
-            f'{"".join(names)}{"".join(cells)}{rows}{ring}</svg></div>{said}')
+    said = (
+        ""
+        if not rest
+        else f'<div class="soft">{rest} {"class" if rest == 1 else "classes"} below '
+        f"{np.delete(probs, shown, 1).max() + 0.0005:.3f} left out</div>"
+    )
+    return (
+        f'<div style="padding:0 40px 0 {left}px"><svg width="100%" height="{top + len(probs) * high + 6}" '
+        'style="overflow:visible">'
+        f"{''.join(names)}{''.join(cells)}{rows}{ring}</svg></div>{said}"
+    )
 
 # %% ../nbs/15f_draw.ipynb #366c4559
 def history_html(
-    class_names, # C names
-    history, # (E,C) int in {-1,0,1}
-    observed, # (C,) int
-    truth=None, # (C,) in {0,1,-1}, or None
-    keep=(), # numbers of classes that always show
-) -> str: # a table classes x epochs
+    class_names,  # C names
+    history,  # (E,C) int in {-1,0,1}
+    observed,  # (C,) int
+    truth=None,  # (C,) in {0,1,-1}, or None
+    keep=(),  # numbers of classes that always show
+) -> str:  # a table classes x epochs
     "How the pseudo-labels of one image moved over the epochs."
     found = np.array([verdicts(row, observed, truth) for row in history], dtype=object)
     often = (history == 1).sum(0)
-    there = lambda c: truth is not None and truth[c] == 1
-    rows = [c for c in np.argsort(-often, kind='stable') if often[c] or observed[c] == 1 or there(c) or c in keep]
-    head = ''.join(f'<th>{e}</th>' for e in range(1, len(history) + 1))
-    body = ''.join(f'<tr{" class=kept" if c in keep else ""}><td>{html.escape(class_names[c])}</td>'
-                   + ''.join(f'<td>{sign(v, "")}</td>' for v in found[:, c])
-                   + f'<td class="soft">{often[c]} of {len(history)}</td></tr>' for c in rows)
+
+    def there(c):
+        return truth is not None and truth[c] == 1
+
+    rows = [c for c in np.argsort(-often, kind="stable") if often[c] or observed[c] == 1 or there(c) or c in keep]
+    head = "".join(f"<th>{e}</th>" for e in range(1, len(history) + 1))
+    body = "".join(
+        f"<tr{' class=kept' if c in keep else ''}><td>{html.escape(class_names[c])}</td>"
+        + "".join(f"<td>{sign(v, '')}</td>" for v in found[:, c])
+        + f'<td class="soft">{often[c]} of {len(history)}</td></tr>'
+        for c in rows
+    )
     return f'<table class="tight"><tr><th>epoch</th>{head}<th>positive in</th></tr>{body}</table>'
 
 
 def opinions_html(
-    class_names, # C names
-    opinions, # {name: (probabilities (C,), thresholds (C,))} of one model or two
-    observed, # (C,) int
-    truth=None, # (C,) in {0,1,-1}, or None
-    keep=(), # numbers of classes that always show
-    top=14, # classes shown
-) -> str: # HTML
+    class_names,  # C names
+    opinions,  # {name: (probabilities (C,), thresholds (C,))} of one model or two
+    observed,  # (C,) int
+    truth=None,  # (C,) in {0,1,-1}, or None
+    keep=(),  # numbers of classes that always show
+    top=14,  # classes shown
+) -> str:  # HTML
     "What models say of a picture: probability, threshold and verdict of the classes that matter."
-    order = np.argsort(-np.max([p for p, _ in opinions.values()], axis=0), kind='stable')
+    order = np.argsort(-np.max([p for p, _ in opinions.values()], axis=0), kind="stable")
     there = [c for c in range(len(order)) if observed[c] == 1 or truth is not None and truth[c] == 1]
     rows = sorted({*there, *keep, *order[:top].tolist()}, key=list(order).index)
-    body = ''
+    body = ""
     for c in rows:
-        body += f'<tr{" class=kept" if c in keep else ""}><td>{"★ " if observed[c] == 1 else ""}{html.escape(class_names[c])}</td><td>{is_there(None if truth is None else truth[c])}</td>'
+        body += f"<tr{' class=kept' if c in keep else ''}><td>{'★ ' if observed[c] == 1 else ''}"
+        body += f"{html.escape(class_names[c])}</td><td>{is_there(None if truth is None else truth[c])}</td>"
         for p, cut in opinions.values():
             yes, true = p[c] >= cut[c], None if truth is None or truth[c] < 0 else bool(truth[c])
-            verdict = ('unknown' if true is None else 'right' if true else 'wrong') if yes else 'missed' if true else ''
-            title = f'{class_names[c]}: probability {p[c]:.3f}, threshold {cut[c]:.3f}'
-            body += (f'<td>{sign(verdict)}</td><td>{p[c]:.2f}</td><td class="wide" style="width:{60 // len(opinions)}%">'
-                     f'{score_bar(p[c], 1 if yes else 0, (), [(cut[c], plots.GREEN, False)], title)}</td>')
-        body += '</tr>'
-    heads = ''.join(f'<th>verdict</th><th></th><th>{html.escape(name)}: probability, threshold</th>' for name in opinions)
+            verdict = ("unknown" if true is None else "right" if true else "wrong") if yes else "missed" if true else ""
+            title = f"{class_names[c]}: probability {p[c]:.3f}, threshold {cut[c]:.3f}"
+            body += (
+                f'<td>{sign(verdict)}</td><td>{p[c]:.2f}</td><td class="wide" style="width:{60 // len(opinions)}%">'
+                f"{score_bar(p[c], 1 if yes else 0, (), [(cut[c], plots.GREEN, False)], title)}</td>"
+            )
+        body += "</tr>"
+    heads = "".join(
+        f"<th>verdict</th><th></th><th>{html.escape(name)}: probability, threshold</th>" for name in opinions
+    )
     return f'<table class="tight"><tr><th>class</th><th>truth</th>{heads}</tr>{body}</table>'
 
 # %% ../nbs/15f_draw.ipynb #5550be4a
 def curve_html(
-    values, # {name: E numbers, None or NaN where there is none}
-    unit='', # behind the numbers
-) -> str: # one small SVG a name
+    values,  # {name: E numbers, None or NaN where there is none}
+    unit="",  # behind the numbers
+) -> str:  # one small SVG a name
     "Numbers over the epochs of a run."
-    out = ''
+    out = ""
     for (name, given), colour in zip(values.items(), plots.CYCLE * len(values)):
         y = np.array([np.nan if v is None else v for v in given], float)
-        if not len(y) or np.isnan(y).all(): continue
+        if not len(y) or np.isnan(y).all():
+            continue
         low, high = np.nanmin(y), np.nanmax(y)
-        spot = lambda e, v: (20 + 260 * e / max(len(y) - 1, 1), 90 - 70 * (v - low) / max(high - low, 1e-9))
+
+        def spot(e, v):
+            return (20 + 260 * e / max(len(y) - 1, 1), 90 - 70 * (v - low) / max(high - low, 1e-9))
+
         dots = [(*spot(e, v), e, v) for e, v in enumerate(y) if v == v]
-        line = ' '.join(f'{x:.1f},{v:.1f}' for x, v, *_ in dots)
-        marks = ''.join(f'<circle cx="{x:.1f}" cy="{v:.1f}" r="4" fill="{colour}"><title>epoch {e + 1}: {value:.4g}{unit}</title></circle>' for x, v, e, value in dots)
-        out += (f'<svg viewBox="0 0 300 112" width="300" height="112"><text x="20" y="12" font-size="12">{html.escape(name)}: {dots[-1][3]:.4g}{unit} '
-                f'in epoch {dots[-1][2] + 1}</text><path d="M20 90.5H280" stroke="#8888"/><polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>'
-                f'{marks}<text x="20" y="106" font-size="10">1</text><text x="280" y="106" font-size="10" text-anchor="end">epoch {len(y)}</text></svg>')
+        line = " ".join(f"{x:.1f},{v:.1f}" for x, v, *_ in dots)
+        marks = "".join(
+            f'<circle cx="{x:.1f}" cy="{v:.1f}" r="4" fill="{colour}"><title>epoch {e + 1}: '
+            f"{value:.4g}{unit}</title></circle>"
+            for x, v, e, value in dots
+        )
+        out += (
+            '<svg viewBox="0 0 300 112" width="300" height="112"><text x="20" y="12" '
+            f'font-size="12">{html.escape(name)}: {dots[-1][3]:.4g}{unit} '
+            f'in epoch {dots[-1][2] + 1}</text><path d="M20 90.5H280" stroke="#8888"/>'
+            f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>'
+            f'{marks}<text x="20" y="106" font-size="10">1</text>'
+            f'<text x="280" y="106" font-size="10" text-anchor="end">epoch {len(y)}</text></svg>'
+        )
     return f'<div style="display:flex;flex-wrap:wrap">{out}</div>'
 
 
 def matrix_html(
-    matrix, # (C,C) int
-    class_names, # C names
-    what, # of a cell: text with {a} and {b}
-    keep=(), # numbers of classes to stress
-) -> str: # SVG for `Pick`; a cell sends 'a,b'
+    matrix,  # (C,C) int
+    class_names,  # C names
+    what,  # of a cell: text with {a} and {b}
+    keep=(),  # numbers of classes to stress
+) -> str:  # SVG for `Pick`; a cell sends 'a,b'
     "Classes against classes, every cell a button."
     n, left = len(class_names), 9.5
     off = matrix - np.diag(np.diag(matrix)) if len(matrix) else matrix
     most = max(int(off.max(initial=0)), 1)
-    short = lambda name: html.escape(name if len(name) < 17 else name[:16] + '…')
+
+    def short(name):
+        return html.escape(name if len(name) < 17 else name[:16] + "…")
+
     size = max(1.0, n / 34)
-    out = [f'<svg viewBox="{-left * size} {-7 * size} {n + (left + 1) * size} {n + 7.5 * size}" style="width:100%;max-height:var(--high, 60vh)">']
+    out = [
+        f'<svg viewBox="{-left * size} {-7 * size} {n + (left + 1) * size} {n + 7.5 * size}" '
+        'style="width:100%;max-height:var(--high, 60vh)">'
+    ]
     for c, name in enumerate(class_names):
-        weight = 'font-weight="700"' if c in keep else ''
-        out.append(f'<text x="-0.3" y="{c + 0.5 + size * 0.28}" text-anchor="end" font-size="{0.8 * size}" {weight}>{short(name)}</text>'
-                   f'<text transform="translate({c + 0.6},-0.3) rotate(-55)" font-size="{0.8 * size}" {weight}>{short(name)}</text>')
+        weight = 'font-weight="700"' if c in keep else ""
+        out.append(
+            f'<text x="-0.3" y="{c + 0.5 + size * 0.28}" text-anchor="end" font-size="{0.8 * size}" '
+            f"{weight}>{short(name)}</text>"
+            f'<text transform="translate({c + 0.6},-0.3) rotate(-55)" '
+            f'font-size="{0.8 * size}" {weight}>{short(name)}</text>'
+        )
     for a, b in np.argwhere(matrix > 0):
-        colour = '#888' if a == b else '#0072B2'
-        title = what.format(a=class_names[a], b=class_names[b]) + f': {matrix[a, b]} picture{"s" if matrix[a, b] > 1 else ""}'
-        out.append(f'<rect x="{b}" y="{a}" width="0.94" height="0.94" fill="{colour}" fill-opacity="{min(1, (matrix[a, b] / most) ** 0.5):.2f}" '
-                   f'vector-effect="non-scaling-stroke" data-pick="{a},{b}"><title>{html.escape(title)}</title></rect>')
-    return ''.join(out) + f'<rect width="{n}" height="{n}" fill="none" stroke="#8888" stroke-width="0.04"/></svg>'
+        colour = "#888" if a == b else "#0072B2"
+        title = (
+            what.format(a=class_names[a], b=class_names[b])
+            + f": {matrix[a, b]} picture{'s' if matrix[a, b] > 1 else ''}"
+        )
+        out.append(
+            f'<rect x="{b}" y="{a}" width="0.94" height="0.94" fill="{colour}" '
+            f'fill-opacity="{min(1, (matrix[a, b] / most) ** 0.5):.2f}" '
+            f'vector-effect="non-scaling-stroke" data-pick="{a},{b}"><title>{html.escape(title)}</title></rect>'
+        )
+    return "".join(out) + f'<rect width="{n}" height="{n}" fill="none" stroke="#8888" stroke-width="0.04"/></svg>'
 
 
 def table_html(
-    frame, # pandas, in the order to show
-    pick=None, # the column whose value a row sends
-) -> str: # HTML for `Pick`
+    frame,  # pandas, in the order to show
+    pick=None,  # the column whose value a row sends
+) -> str:  # HTML for `Pick`
     "A data frame as rows that can be clicked."
-    text = lambda v: html.escape('–' if isinstance(v, float) and np.isnan(v) else f'{v:.2f}' if isinstance(v, float) else str(v))
-    shown = [c for c in frame.columns if not str(c).startswith('_')] # the others are only sent
-    heads = ''.join(f'<th>{html.escape(str(c))}</th>' for c in shown)
-    body = ''.join(f'<tr data-pick="{html.escape(str(row[pick]))}" tabindex="0">' + ''.join(f'<td>{text(row[c])}</td>' for c in shown) + '</tr>'
-                   for row in frame.to_dict('records'))
+
+    def text(v):
+        return html.escape(
+            "–" if isinstance(v, float) and np.isnan(v) else f"{v:.2f}" if isinstance(v, float) else str(v)
+        )
+
+    shown = [c for c in frame.columns if not str(c).startswith("_")]  # the others are only sent
+    heads = "".join(f"<th>{html.escape(str(c))}</th>" for c in shown)
+    body = "".join(
+        f'<tr data-pick="{html.escape(str(row[pick]))}" tabindex="0">'
+        + "".join(f"<td>{text(row[c])}</td>" for c in shown)
+        + "</tr>"
+        for row in frame.to_dict("records")
+    )
     return f'<table class="tight"><tr>{heads}</tr>{body}</table>'

@@ -34,7 +34,7 @@ from .draw import CSS, Grid, Map, Pick, Stage, data_url, jpeg, verdicts
 from .eyes import Eyes, open_bank, prototypes, view_settings
 from .labelers import Batch, build_labeler
 from .recipes import recipe as find_recipe
-from .table import JUDGES, MATRICES, VERDICTS, Cancelled, Query, open_table, pseudo_labels
+from .table import JUDGES, MATRICES, Cancelled, Query, open_table, pseudo_labels
 from .train import load_run, predict
 from .views import evaluation_plan, view_plan
 from .vlm import load_clip, similarities
@@ -43,28 +43,31 @@ from .vlm import load_clip, similarities
 @dataclass(frozen=True)
 class Look:
     "One image through DAMP, in one draw, under one recipe."
-    id: int # position in the data set
-    epoch: int # the draw of the views: 0 the evaluation views, from 1 those of training
-    boxes: np.ndarray # (1+R,4) x0, y0, x1, y1 in pixels; the global view first
-    probs: torch.Tensor # (1+R,C) similarities
-    scores: DampScores # of one row
-    pseudo: np.ndarray # (C,) int8 in {-1,0,1}
+
+    id: int  # position in the data set
+    epoch: int  # the draw of the views: 0 the evaluation views, from 1 those of training
+    boxes: np.ndarray  # (1+R,4) x0, y0, x1, y1 in pixels; the global view first
+    probs: torch.Tensor  # (1+R,C) similarities
+    scores: DampScores  # of one row
+    pseudo: np.ndarray  # (C,) int8 in {-1,0,1}
 
 
 class Explorer:
-    "What the explorer knows: a data set, a recipe that the sliders change, a place in a split, and views already embedded."
-    def __init__(self,
-        data, # the labelled images
-        recipe=None, # where the sliders start; default AEVLP's for this data set
-        split='train', # the split to browse
-        run=None, # folder of a finished run: its pseudo-labels and its model
-        seed=0, # of the noise G where the recipe leaves it to the run
-        device='cpu', # where CLIP runs
-        keep=512, # images whose views are kept
-        source=None, # {'root': …, 'csv': …} as far as they lead to the data, for the export
-        bank_root=None, # folder of banks; None = the usual one, False = no bank
+    "What the explorer knows: a data set, a recipe that the sliders change, a place in a split, views already embedded."
+
+    def __init__(
+        self,
+        data,  # the labelled images
+        recipe=None,  # where the sliders start; default AEVLP's for this data set
+        split="train",  # the split to browse
+        run=None,  # folder of a finished run: its pseudo-labels and its model
+        seed=0,  # of the noise G where the recipe leaves it to the run
+        device="cpu",  # where CLIP runs
+        keep=512,  # images whose views are kept
+        source=None,  # {'root': …, 'csv': …} as far as they lead to the data, for the export
+        bank_root=None,  # folder of banks; None = the usual one, False = no bank
     ):
-        self.data, self.recipe, self.run = data, recipe or find_recipe(data.name, 'aevlp'), run and Path(run).absolute()
+        self.data, self.recipe, self.run = data, recipe or find_recipe(data.name, "aevlp"), run and Path(run).absolute()
         self.seed, self.device, self.keep, self.source, self.bank_root = seed, device, keep, source or {}, bank_root
         self.start, self.epoch, self.index, self.selected = self.recipe, 0, 0, None
         self.clip = load_clip(self.recipe.clip, self.recipe.clip_weights or None, device=device)
@@ -75,54 +78,71 @@ class Explorer:
     def go(self, split):
         "Browse another split from its first image."
         if not len(self.data.splits.get(split, ())):
-            raise AevlpError(f'{self.data.name}: split {split!r} is empty; there are {[k for k, v in self.data.splits.items() if len(v)]}')
+            raise AevlpError(
+                f"{self.data.name}: split {split!r} is empty; there are "
+                f"{[k for k, v in self.data.splits.items() if len(v)]}"
+            )
         self.split, self.ids, self.index, self.bank = split, np.asarray(self.data.splits[split]), 0, None
 
     @property
-    def id(self): return int(self.ids[self.index])
+    def id(self):
+        return int(self.ids[self.index])
 
-    def move(self, step): self.index = (self.index + step) % len(self.ids)
+    def move(self, step):
+        self.index = (self.index + step) % len(self.ids)
 
-    def image(self, id): return torch.from_numpy(decode(self.data.paths[id])).permute(2, 0, 1).contiguous()
+    def image(self, id):
+        return torch.from_numpy(decode(self.data.paths[id])).permute(2, 0, 1).contiguous()
 
-    def truth(self, id): return None if self.data.truth is None else self.data.truth[id]
+    def truth(self, id):
+        return None if self.data.truth is None else self.data.truth[id]
 
-    def verdicts(self, id, pseudo): return verdicts(pseudo, self.data.observed[id], self.truth(id))
+    def verdicts(self, id, pseudo):
+        return verdicts(pseudo, self.data.observed[id], self.truth(id))
 
 # %% ../nbs/16_explore.ipynb #27106d62
 @patch
-def embed(self:Explorer,
-    ids, # positions in the data set
-    epoch=0, # the draw
-    recipe=None, # grid and overlap; default the sliders'
-) -> list: # of (boxes (1+R,4) array, embeddings (1+R,K) tensor), one an image
+def embed(
+    self: Explorer,
+    ids,  # positions in the data set
+    epoch=0,  # the draw
+    recipe=None,  # grid and overlap; default the sliders'
+) -> list:  # of (boxes (1+R,4) array, embeddings (1+R,K) tensor), one an image
     "Cut and encode the views of some images; those seen before come from memory, evaluation views from the bank."
     recipe = recipe or self.recipe
-    key = lambda i: (int(i), epoch, recipe.grid, recipe.overlap, recipe.augment)
+
+    def key(i):
+        return (int(i), epoch, recipe.grid, recipe.overlap, recipe.augment)
+
     todo = [int(i) for i in ids if key(i) not in self._views]
     settings = view_settings(recipe, self.clip)
     kept = self.bank if epoch == 0 and settings == view_settings(self.start, self.clip) else None
-    for at in progress(range(0, len(todo), 16), 'views through CLIP'):
-        part = todo[at:at + 16]
+    for at in progress(range(0, len(todo), 16), "views through CLIP"):
+        part = todo[at : at + 16]
         images, where = [self.image(i) for i in part], torch.tensor(part)
         sizes = torch.tensor([im.shape[1:] for im in images])
         plan = view_plan(where, sizes, settings, recipe.view_seed, epoch) if epoch else evaluation_plan(sizes, settings)
         known = kept is not None and np.isin(part, self.data.splits[self.split]).all()
         out = kept.get(0, part) if known else None
-        if out is None: out = Eyes(self.clip, settings, recipe.view_seed).encode(images, where, epoch).cpu()
-        for i, box, emb in zip(part, plan.boxes, out): self._views[key(i)] = (np.asarray(box), emb)
+        if out is None:
+            out = Eyes(self.clip, settings, recipe.view_seed).encode(images, where, epoch).cpu()
+        for i, box, emb in zip(part, plan.boxes, out):
+            self._views[key(i)] = (np.asarray(box), emb)
     found = [self._views[key(i)] for i in ids]
-    for i in ids: self._views.move_to_end(key(i))
-    while len(self._views) > max(self.keep, len(ids)): self._views.popitem(last=False)
+    for i in ids:
+        self._views.move_to_end(key(i))
+    while len(self._views) > max(self.keep, len(ids)):
+        self._views.popitem(last=False)
     return found
 
 # %% ../nbs/16_explore.ipynb #4cdb57b6
 @patch
-def scores(self:Explorer,
-    ids, # positions in the data set
-    epoch=None, # the draw; default the current one
-    recipe=None, # default the sliders'
-) -> tuple: # (boxes, probs (B,1+R,C), DampScores)
+def scores(
+    self: Explorer,
+    ids,  # positions in the data set
+    epoch=None,  # the draw; default the current one
+    recipe=None,  # default the sliders'
+) -> tuple:  # (boxes, probs (B,1+R,C), DampScores)
     "DAMP for some images: no CLIP once their views are embedded."
     recipe, epoch = recipe or self.recipe, self.epoch if epoch is None else epoch
     boxes, embeddings = zip(*self.embed(ids, epoch, recipe))
@@ -131,7 +151,7 @@ def scores(self:Explorer,
 
 
 @patch
-def look(self:Explorer, id=None, epoch=None, recipe=None) -> Look:
+def look(self: Explorer, id=None, epoch=None, recipe=None) -> Look:
     "One image through DAMP; by default the current one, draw and sliders."
     id, epoch = self.id if id is None else id, self.epoch if epoch is None else epoch
     boxes, probs, found = self.scores([id], epoch, recipe)
@@ -139,9 +159,10 @@ def look(self:Explorer, id=None, epoch=None, recipe=None) -> Look:
 
 
 @patch
-def table(self:Explorer,
-    tell=lambda *_: None, # called with (done, total, what); may raise `Cancelled`
-    compute=True, # False: None where it is not there yet
+def table(
+    self: Explorer,
+    tell=lambda *_: None,  # called with (done, total, what); may raise `Cancelled`
+    compute=True,  # False: None where it is not there yet
 ) -> tables.Table:
     "What is known of every picture of the split, under the sliders as they are."
     given = (self.data, self.split, self.recipe, self.run, self.seed, self.device, self.bank_root)
@@ -153,98 +174,129 @@ def table(self:Explorer,
 
 # %% ../nbs/16_explore.ipynb #b9c13904
 @patch
-def labels_of_run(self:Explorer) -> np.ndarray: # (E,n,C) int8 over the training split, or None
+def labels_of_run(self: Explorer) -> np.ndarray:  # (E,n,C) int8 over the training split, or None
     "The pseudo-labels that the run trained on, epoch by epoch."
-    if self.run is None: return None
-    if getattr(self, '_labels', (None,))[0] != self.run:
-        files = sorted((self.run/'pseudo').glob('epoch_*.npz'))
-        stack = [np.load(f, allow_pickle=False)['pseudo'] for f in files]
-        n = len(self.data.splits['train'])
+    if self.run is None:
+        return None
+    if getattr(self, "_labels", (None,))[0] != self.run:
+        files = sorted((self.run / "pseudo").glob("epoch_*.npz"))
+        stack = [np.load(f, allow_pickle=False)["pseudo"] for f in files]
+        n = len(self.data.splits["train"])
         if stack and stack[0].shape != (n, len(self.data.class_names)):
-            raise AevlpError(f'{self.run.name}: pseudo-labels of {stack[0].shape}, but {self.data.name} has {n} training images; open the run with its own data set')
+            raise AevlpError(
+                f"{self.run.name}: pseudo-labels of {stack[0].shape}, but {self.data.name} has {n} training images; "
+                "open the run with its own data set"
+            )
         self._labels = (self.run, np.stack(stack) if stack else None)
     return self._labels[1]
 
 
 @patch
-def rows_of(self:Explorer, ids): return np.searchsorted(self.data.splits['train'], ids)
+def rows_of(self: Explorer, ids):
+    return np.searchsorted(self.data.splits["train"], ids)
 
 
 @patch
-def history(self:Explorer,
-    id, # position in the data set
-) -> np.ndarray: # (E,C) int8 in {-1,0,1}, or None without a run or outside the training split
+def history(
+    self: Explorer,
+    id,  # position in the data set
+) -> np.ndarray:  # (E,C) int8 in {-1,0,1}, or None without a run or outside the training split
     "How the pseudo-labels of an image moved over the epochs of the run."
-    if id not in self.data.splits['train'] or self.labels_of_run() is None: return None
+    if id not in self.data.splits["train"] or self.labels_of_run() is None:
+        return None
     return self.labels_of_run()[:, int(self.rows_of([id])[0])]
 
 
 @patch
-def probabilities(self:Explorer,
-    id, # position in the data set
-    run=None, # another run of the same data; default the one that is open
-) -> np.ndarray: # (C,) in [0,1], or None without a run
+def probabilities(
+    self: Explorer,
+    id,  # position in the data set
+    run=None,  # another run of the same data; default the one that is open
+) -> np.ndarray:  # (C,) in [0,1], or None without a run
     "What the run's trained model says of an image."
     run = run or self.run
-    if run is None: return None
+    if run is None:
+        return None
     if run not in self._models:
         model, settings, names = load_run(run, self.device)
         if tuple(names) != tuple(self.data.class_names):
-            raise AevlpError(f'{Path(run).name} was trained on other classes than {self.data.name} has; open it with its own data set')
-        self._models[run] = (model, settings['recipe'])
+            raise AevlpError(
+                f"{Path(run).name} was trained on other classes than {self.data.name} has; open it with its own data "
+                "set"
+            )
+        self._models[run] = (model, settings["recipe"])
     model, recipe = self._models[run]
     return predict(model, self.data, [id], recipe, self.device)[0].cpu().numpy()
 
 # %% ../nbs/16_explore.ipynb #aadd7ce8
 @patch
-def cuts(self:Explorer,
-    run=None, # another run of the same data; default the one that is open
-) -> tuple: # (C,) thresholds, and where they come from
+def cuts(
+    self: Explorer,
+    run=None,  # another run of the same data; default the one that is open
+) -> tuple:  # (C,) thresholds, and where they come from
     "The thresholds of a run's model, 0.5 where it has none."
-    path, names = Path(run or self.run)/'thresholds.json', self.data.class_names
-    if not path.is_file(): return np.full(len(names), 0.5), 'no thresholds.json: 0.5 for every class'
-    found = json.loads(path.read_text(encoding='utf-8'))
-    return np.array([found.get(n, 0.5) for n in names]), 'thresholds of the run'
+    path, names = Path(run or self.run) / "thresholds.json", self.data.class_names
+    if not path.is_file():
+        return np.full(len(names), 0.5), "no thresholds.json: 0.5 for every class"
+    found = json.loads(path.read_text(encoding="utf-8"))
+    return np.array([found.get(n, 0.5) for n in names]), "thresholds of the run"
 
 
 @patch
-def siblings(self:Explorer) -> list: # of folders
+def siblings(self: Explorer) -> list:  # of folders
     "The runs with a model on the same data, the newest first."
-    here = {'dataset': self.data.name} | {k: self.source.get(k) for k in ('root', 'csv')}
+    here = {"dataset": self.data.name} | {k: self.source.get(k) for k in ("root", "csv")}
+
     def fits(folder):
-        if not (folder/'best.safetensors').is_file(): return False
-        try: params = runs.read_params(folder)
-        except AevlpError: return False # `aevlp results` says what is wrong with it
+        if not (folder / "best.safetensors").is_file():
+            return False
+        try:
+            params = runs.read_params(folder)
+        except AevlpError:
+            return False  # `aevlp results` says what is wrong with it
         return all(params.get(k) == v for k, v in here.items())
+
     found = [f for f in runs.folders() if fits(f)]
-    if self.run is not None and self.run not in found: found.append(self.run)
-    return sorted(found, key=lambda f: -(f/'best.safetensors').stat().st_mtime if (f/'best.safetensors').is_file() else 0)
+    if self.run is not None and self.run not in found:
+        found.append(self.run)
+    return sorted(
+        found, key=lambda f: -(f / "best.safetensors").stat().st_mtime if (f / "best.safetensors").is_file() else 0
+    )
 
 # %% ../nbs/16_explore.ipynb #a5b99133
-SLIDERS = ('grid', 'overlap', 'temperature', 'local_threshold', 'global_threshold', 'top_k', 'negative_ratio')
+SLIDERS = ("grid", "overlap", "temperature", "local_threshold", "global_threshold", "top_k", "negative_ratio")
 
 
 @patch
-def parameters(self:Explorer) -> dict: # as `aevlp train` and papermill take them
+def parameters(self: Explorer) -> dict:  # as `aevlp train` and papermill take them
     "The current sliders as parameters of a training run."
-    return {'dataset': self.data.name, 'method': 'aevlp', 'seed': self.seed, **self.source,
-            'overrides': {name: getattr(self.recipe, name) for name in SLIDERS}}
+    return {
+        "dataset": self.data.name,
+        "method": "aevlp",
+        "seed": self.seed,
+        **self.source,
+        "overrides": {name: getattr(self.recipe, name) for name in SLIDERS},
+    }
 
 
 @patch
-def picture(self:Explorer, path=None) -> bytes: # PNG
+def picture(self: Explorer, path=None) -> bytes:  # PNG
     "Patches, heat map and scores of the current image on one sheet."
     look, given = self.look(), np.flatnonzero(self.data.observed[self.id] == 1)
-    figures = (plots.patches_over_image(decode(self.data.paths[look.id]), look.boxes, selected=self.selected),
-               plots.similarity_heatmap(look.probs, self.data.class_names, given, self.selected),
-               plots.scores_bar(look.scores, self.data.class_names, self.recipe.global_threshold, given))
-    parts = [Image.open(BytesIO(plots.png(figure, 120))).convert('RGB') for figure in figures]
+    figures = (
+        plots.patches_over_image(decode(self.data.paths[look.id]), look.boxes, selected=self.selected),
+        plots.similarity_heatmap(look.probs, self.data.class_names, given, self.selected),
+        plots.scores_bar(look.scores, self.data.class_names, self.recipe.global_threshold, given),
+    )
+    parts = [Image.open(BytesIO(plots.png(figure, 120))).convert("RGB") for figure in figures]
     left = parts[0].height + parts[1].height
-    sheet = Image.new('RGB', (max(p.width for p in parts[:2]) + parts[2].width, max(left, parts[2].height)), 'white')
-    for part, place in zip(parts, ((0, 0), (0, parts[0].height), (max(p.width for p in parts[:2]), 0))): sheet.paste(part, place)
+    sheet = Image.new("RGB", (max(p.width for p in parts[:2]) + parts[2].width, max(left, parts[2].height)), "white")
+    for part, place in zip(parts, ((0, 0), (0, parts[0].height), (max(p.width for p in parts[:2]), 0))):
+        sheet.paste(part, place)
     out = BytesIO()
-    sheet.save(out, 'PNG')
-    if path: Path(path).write_bytes(out.getvalue())
+    sheet.save(out, "PNG")
+    if path:
+        Path(path).write_bytes(out.getvalue())
     return out.getvalue()
 
 # %% ../nbs/16_explore.ipynb #f43e5bb2
@@ -252,62 +304,133 @@ TEMPERATURES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.2, 0.5
 
 
 def _sliders(recipe, n_classes):
-    kw = {'continuous_update': True, 'layout': {'width': 'auto'}, 'style': {'description_width': '96px'}}
-    late = kw | {'continuous_update': False}
-    unit = lambda value, text, tip: widgets.FloatSlider(value, min=0, max=1, step=0.005, description=text, tooltip=tip, readout_format='.3f', **kw)
+    kw = {"continuous_update": True, "layout": {"width": "auto"}, "style": {"description_width": "96px"}}
+    late = kw | {"continuous_update": False}
+
+    def unit(value, text, tip):
+        return widgets.FloatSlider(
+            value, min=0, max=1, step=0.005, description=text, tooltip=tip, readout_format=".3f", **kw
+        )
+
     return {
-        'grid': widgets.IntSlider(recipe.grid, min=1, max=max(6, recipe.grid), description='grid g', **late,
-            tooltip='g: the image is cut into g x g patches (section 5.2, Augmentor; Table 5). CLIP runs again.'),
-        'overlap': widgets.FloatSlider(recipe.overlap, min=0, max=max(0.5, recipe.overlap), step=0.05, description='overlap r', **late,
-            tooltip='r: every patch is enlarged by a random ratio of at most this (section 5.2, Augmentor; Table 4). CLIP runs again.'),
-        'temperature': widgets.SelectionSlider(options=sorted({*TEMPERATURES, recipe.temperature}), value=recipe.temperature, description='temperature τ', **kw,
-            tooltip='tau: softmax temperature of the similarities of a view to all classes (section 5.1). Lower is sharper.'),
-        'local_threshold': unit(recipe.local_threshold, 'local ν',
-            'nu: a class counts by its best patch if that reaches min(nu, global score of the given label), else by its worst (section 5.2, Local threshold, Aggregator).'),
-        'global_threshold': unit(recipe.global_threshold, 'global ζ',
-            'zeta_global: a positive pseudo-label needs a final score of at least this (section 5.2, Positive pseudo-labels).'),
-        'top_k': widgets.IntSlider(recipe.top_k, min=0, max=max(recipe.top_k, min(n_classes, 40)), description='top k', **kw,
-            tooltip='k: at most k classes with the highest final scores become positive (section 5.2, TopK).'),
-        'negative_ratio': widgets.FloatSlider(recipe.negative_ratio, min=0, max=max(0.5, recipe.negative_ratio), step=0.05, description='negatives Δ', readout_format='.0%', **kw,
-            tooltip='Delta_neg: share of the classes, those with the lowest average score, that become negative pseudo-labels (section 5.2, Negative pseudo-labels; Figure 3).'),
+        "grid": widgets.IntSlider(
+            recipe.grid,
+            min=1,
+            max=max(6, recipe.grid),
+            description="grid g",
+            **late,
+            tooltip="g: the image is cut into g x g patches (section 5.2, Augmentor; Table 5). CLIP runs again.",
+        ),
+        "overlap": widgets.FloatSlider(
+            recipe.overlap,
+            min=0,
+            max=max(0.5, recipe.overlap),
+            step=0.05,
+            description="overlap r",
+            **late,
+            tooltip=(
+                "r: every patch is enlarged by a random ratio of at most this (section 5.2, Augmentor; Table 4). CLIP "
+                "runs again."
+            ),
+        ),
+        "temperature": widgets.SelectionSlider(
+            options=sorted({*TEMPERATURES, recipe.temperature}),
+            value=recipe.temperature,
+            description="temperature τ",
+            **kw,
+            tooltip=(
+                "tau: softmax temperature of the similarities of a view to all classes (section 5.1). Lower is sharper."
+            ),
+        ),
+        "local_threshold": unit(
+            recipe.local_threshold,
+            "local ν",
+            "nu: a class counts by its best patch if that reaches min(nu, global score of the given label), else by "
+            "its worst (section 5.2, Local threshold, Aggregator).",
+        ),
+        "global_threshold": unit(
+            recipe.global_threshold,
+            "global ζ",
+            "zeta_global: a positive pseudo-label needs a final score of at least this (section 5.2, Positive "
+            "pseudo-labels).",
+        ),
+        "top_k": widgets.IntSlider(
+            recipe.top_k,
+            min=0,
+            max=max(recipe.top_k, min(n_classes, 40)),
+            description="top k",
+            **kw,
+            tooltip="k: at most k classes with the highest final scores become positive (section 5.2, TopK).",
+        ),
+        "negative_ratio": widgets.FloatSlider(
+            recipe.negative_ratio,
+            min=0,
+            max=max(0.5, recipe.negative_ratio),
+            step=0.05,
+            description="negatives Δ",
+            readout_format=".0%",
+            **kw,
+            tooltip=(
+                "Delta_neg: share of the classes, those with the lowest average score, that become negative "
+                "pseudo-labels (section 5.2, Negative pseudo-labels; Figure 3)."
+            ),
+        ),
     }
 
 
-def _button(text, tip, icon='', width='auto'):
-    return widgets.Button(description=text, tooltip=tip, icon=icon, layout={'width': width})
+def _button(text, tip, icon="", width="auto"):
+    return widgets.Button(description=text, tooltip=tip, icon=icon, layout={"width": width})
 
 # %% ../nbs/16_explore.ipynb #aa2b4f58
-OTHERS = { # what the labels can be compared with: tooltip
-    'nothing': '', 'pinned settings': 'the sliders as they were when you pressed Pin',
-    'fixed-damp': 'DAMP on one fixed draw: the same labels every epoch', 'vlpl': 'VLPL: the whole image only, one threshold',
-    'random': 'unknown classes drawn at random'}
+OTHERS = {  # what the labels can be compared with: tooltip
+    "nothing": "",
+    "pinned settings": "the sliders as they were when you pressed Pin",
+    "fixed-damp": "DAMP on one fixed draw: the same labels every epoch",
+    "vlpl": "VLPL: the whole image only, one threshold",
+    "random": "unknown classes drawn at random",
+}
 
 # %% ../nbs/16_explore.ipynb #ea3b17e8
-KEYS = {'ArrowRight': 'next', 'n': 'next', 'ArrowLeft': 'previous', 'p': 'previous', 'd': 'draw', 'ArrowDown': 'down', 'ArrowUp': 'up', 'Escape': 'clear'}
-TABS = ('Picture', 'Find', 'Classes', 'Matrix', 'Map', 'Label errors', 'Model', 'Export')
-WAIT = 60 # seconds: a table that takes longer is computed when asked for
+KEYS = {
+    "ArrowRight": "next",
+    "n": "next",
+    "ArrowLeft": "previous",
+    "p": "previous",
+    "d": "draw",
+    "ArrowDown": "down",
+    "ArrowUp": "up",
+    "Escape": "clear",
+}
+TABS = ("Picture", "Find", "Classes", "Matrix", "Map", "Label errors", "Model", "Export")
+WAIT = 60  # seconds: a table that takes longer is computed when asked for
 
-_CSS = CSS # for the review
+_CSS = CSS  # for the review
 _PAGE = """<style>
 .jp-Notebook:has(.aevlp-explore) h1, body:has(.aevlp-explore) h1 { font-size: 20px; margin: 0 }
 body:has(.aevlp-explore) blockquote { margin: 0; padding: 0 8px }
-.aevlp-explore { container-type: inline-size; width: 100%; --high: max(300px, calc(100vh - 330px)); --tall: max(230px, calc(100vh - 390px)) }
+.aevlp-explore { container-type: inline-size; width: 100%; --high: max(300px, calc(100vh - 330px)); --tall: max(230px,
+  calc(100vh - 390px)) }
 .aevlp-explore .row { flex-flow: row wrap; gap: 2px 8px; align-items: center; overflow: visible }
-.aevlp-explore .main { display: grid; grid-template-columns: minmax(260px, 1fr) minmax(380px, 1.5fr) 264px; gap: 14px; align-items: start; overflow: visible }
+.aevlp-explore .main { display: grid; grid-template-columns: minmax(260px, 1fr) minmax(380px, 1.5fr) 264px; gap: 14px;
+  align-items: start; overflow: visible }
 .aevlp-explore .main > * { min-width: 0; overflow: visible }
 .aevlp-explore .tall { max-height: var(--high); overflow: auto }
 .aevlp-explore .aevlp-stage .frame { width: min(100%, calc(var(--ratio, 1) * var(--tall))); margin: auto }
 .aevlp-explore .aevlp-stage { cursor: default }
-.aevlp-explore .halves { display: grid; grid-template-columns: minmax(0, 3fr) minmax(0, 2fr); gap: 18px; align-items: start }
+.aevlp-explore .halves { display: grid; grid-template-columns: minmax(0, 3fr) minmax(0, 2fr); gap: 18px;
+  align-items: start }
 .aevlp-explore .thumbs { display: flex; flex-wrap: wrap; gap: 4px }
 .aevlp-explore .thumbs img { height: 66px; border-radius: 3px; display: block }
-.aevlp-explore .lm-TabBar-tab, .aevlp-explore .p-TabBar-tab { flex: 0 1 auto !important; min-width: 0 !important; padding: 0 10px !important }
+.aevlp-explore .lm-TabBar-tab, .aevlp-explore .p-TabBar-tab { flex: 0 1 auto !important; min-width: 0 !important;
+  padding: 0 10px !important }
 .aevlp-explore .widget-tab > .widget-tab-contents { padding: 6px 2px; overflow: visible }
 .aevlp-explore .widget-slider, .aevlp-explore .widget-selection-slider { width: auto; height: 26px }
-@container (max-width: 1000px) { .aevlp-explore .main { grid-template-columns: minmax(0, 1fr) minmax(0, 1.3fr) } .aevlp-explore .side { grid-column: 1 / -1; columns: 2 } }
+@container (max-width: 1000px) { .aevlp-explore .main { grid-template-columns: minmax(0, 1fr) minmax(0,
+  1.3fr) } .aevlp-explore .side { grid-column: 1 / -1; columns: 2 } }
 @container (max-width: 640px) {
   .aevlp-explore { --tall: 44vh; --high: 70vh }
-  .aevlp-explore .main, .aevlp-explore .halves { grid-template-columns: minmax(0, 1fr) } .aevlp-explore .side { columns: 1 } .aevlp-explore .keys { display: none }
+  .aevlp-explore .main, .aevlp-explore .halves { grid-template-columns: minmax(0,
+    1fr) } .aevlp-explore .side { columns: 1 } .aevlp-explore .keys { display: none }
   .aevlp-explore td.wide { width: 40% }
 }
 </style>"""
@@ -315,192 +438,361 @@ body:has(.aevlp-explore) blockquote { margin: 0; padding: 0 8px }
 # %% ../nbs/16_explore.ipynb #0a5e0559
 class Explore(widgets.VBox):
     "The explorer's page: a thin layer over `Explorer`, which is `self.state`."
-    def __init__(self,
-        state, # an `Explorer`
-        folder='.', # where exports are written
+
+    def __init__(
+        self,
+        state,  # an `Explorer`
+        folder=".",  # where exports are written
     ):
         self.state, self.folder, self._thumbs = state, Path(folder), OrderedDict()
-        self.pinned, self.known, self.rows, self._quiet, self._job = (state.recipe, state.epoch), None, np.arange(len(state.ids)), False, None
+        self.pinned, self.known, self.rows, self._quiet, self._job = (
+            (state.recipe, state.epoch),
+            None,
+            np.arange(len(state.ids)),
+            False,
+            None,
+        )
         self.query = Query()
         self._make()
         self._make_views()
         super().__init__(self._layout())
-        for name in ('aevlp-app', 'aevlp-explore'): self.add_class(name)
+        for name in ("aevlp-app", "aevlp-explore"):
+            self.add_class(name)
         self._wire()
         self.renew()
 
     @property
-    def kept(self): # numbers of the classes that always show
+    def kept(self):  # numbers of the classes that always show
         return [] if self.query.class_name is None else [list(self.state.data.class_names).index(self.query.class_name)]
 
 # %% ../nbs/16_explore.ipynb #6e3b4dc5
 def _menu(options, text, tip, width, **kw):
-    return widgets.Dropdown(options=options, description=text, tooltip=tip, style={'description_width': 'initial'}, layout={'width': width}, **kw)
+    return widgets.Dropdown(
+        options=options,
+        description=text,
+        tooltip=tip,
+        style={"description_width": "initial"},
+        layout={"width": width},
+        **kw,
+    )
 
 
 @patch
-def _make(self:Explore):
+def _make(self: Explore):
     "The controls."
     s, data = self.state, self.state.data
-    self.stage = Stage(shortcuts=list(KEYS), coalesce=[k for k, v in KEYS.items() if v in ('next', 'previous', 'draw')])
+    self.stage = Stage(shortcuts=list(KEYS), coalesce=[k for k, v in KEYS.items() if v in ("next", "previous", "draw")])
     self.strip = Grid(self._serve, lambda i: self._try(self.go, i), strip=True, side=56)
-    self.heat, self.labels, self.patch_line, self.status, self.place, self.told, self.found = (widgets.HTML() for _ in range(7))
-    for part in ('heat', 'labels', 'status', 'found'): getattr(self, part).add_class(f'aevlp-{part}')
+    self.heat, self.labels, self.patch_line, self.status, self.place, self.told, self.found = (
+        widgets.HTML() for _ in range(7)
+    )
+    for part in ("heat", "labels", "status", "found"):
+        getattr(self, part).add_class(f"aevlp-{part}")
     self.sliders = _sliders(s.recipe, len(data.class_names))
-    self.run = _menu([('no run', None), *[(f.name, f) for f in s.siblings()]], 'run', 'a finished run of this data set: its model, its pseudo-labels of every epoch, its settings', '270px', value=s.run)
-    self.split = _menu([k for k, v in data.splits.items() if len(v)], 'split', 'training, validation or test images', '125px', value=s.split)
-    self.judge = _menu([('DAMP', 'damp')], 'judge', 'whose labels and scores filters and columns speak of', '190px')
-    self.filter = _menu(['all'], 'show', 'which images; what needs an unknown truth or a run that is not there is left out', '225px')
-    self.only = widgets.Combobox(options=list(data.class_names), placeholder='any class', description='of', ensure_option=True, tooltip='type to search a class: only images where it is concerned, columns of it alone',
-                                 style={'description_width': 'initial'}, layout={'width': '190px'}, continuous_update=False)
-    self.sort = _menu(['position'], 'by', 'the order', '160px')
-    self.falling = widgets.ToggleButton(False, icon='sort-amount-desc', tooltip='the highest first', layout={'width': '42px', 'padding': '0'})
-    self.search = widgets.Text(placeholder='file name', tooltip='part of the file name', layout={'width': '120px'}, continuous_update=False)
-    self.clear = _button('Clear', 'every image of the split again, in order', 'times')
-    self.previous, self.next = _button('', 'previous image (key p or left arrow)', 'arrow-left', '36px'), _button('', 'next image (key n or right arrow)', 'arrow-right', '36px')
-    self.jump = widgets.BoundedIntText(1, min=1, tooltip='number of the image among those shown', layout={'width': '70px'})
-    self.draw = _button('Draw again', 'the next draw: new patches and augmentations of this image (key d; section 5.2, dynamic labels)', 'refresh')
-    self.compare = widgets.Dropdown(options=list(OTHERS), description='compare', tooltip='a second column of labels: pinned settings or another labeler', style={'description_width': '60px'}, layout={'width': 'auto'})
-    self.reset, self.pin = _button('Reset', "back to the recipe's values", 'undo'), _button('Pin', 'keep these settings to compare with', 'thumb-tack')
-    self.apply = _button('Judge all images so', 'compute what filters, columns and tabs say anew, with these sliders; Reset goes back', 'check')
-    self.bar = widgets.IntProgress(layout={'width': '220px'}, style={'bar_color': plots.BLUE})
-    self.cancel, self.compute = _button('Cancel', 'stop; what CLIP has seen so far is kept', 'stop'), _button('Compute', 'look at every image of the split once', 'play')
-    self.waiting = widgets.HBox([self.bar, self.cancel, self.compute], layout={'display': 'none'})
+    self.run = _menu(
+        [("no run", None), *[(f.name, f) for f in s.siblings()]],
+        "run",
+        "a finished run of this data set: its model, its pseudo-labels of every epoch, its settings",
+        "270px",
+        value=s.run,
+    )
+    self.split = _menu(
+        [k for k, v in data.splits.items() if len(v)],
+        "split",
+        "training, validation or test images",
+        "125px",
+        value=s.split,
+    )
+    self.judge = _menu([("DAMP", "damp")], "judge", "whose labels and scores filters and columns speak of", "190px")
+    self.filter = _menu(
+        ["all"], "show", "which images; what needs an unknown truth or a run that is not there is left out", "225px"
+    )
+    self.only = widgets.Combobox(
+        options=list(data.class_names),
+        placeholder="any class",
+        description="of",
+        ensure_option=True,
+        tooltip="type to search a class: only images where it is concerned, columns of it alone",
+        style={"description_width": "initial"},
+        layout={"width": "190px"},
+        continuous_update=False,
+    )
+    self.sort = _menu(["position"], "by", "the order", "160px")
+    self.falling = widgets.ToggleButton(
+        False, icon="sort-amount-desc", tooltip="the highest first", layout={"width": "42px", "padding": "0"}
+    )
+    self.search = widgets.Text(
+        placeholder="file name", tooltip="part of the file name", layout={"width": "120px"}, continuous_update=False
+    )
+    self.clear = _button("Clear", "every image of the split again, in order", "times")
+    self.previous, self.next = (
+        _button("", "previous image (key p or left arrow)", "arrow-left", "36px"),
+        _button("", "next image (key n or right arrow)", "arrow-right", "36px"),
+    )
+    self.jump = widgets.BoundedIntText(
+        1, min=1, tooltip="number of the image among those shown", layout={"width": "70px"}
+    )
+    self.draw = _button(
+        "Draw again",
+        "the next draw: new patches and augmentations of this image (key d; section 5.2, dynamic labels)",
+        "refresh",
+    )
+    self.compare = widgets.Dropdown(
+        options=list(OTHERS),
+        description="compare",
+        tooltip="a second column of labels: pinned settings or another labeler",
+        style={"description_width": "60px"},
+        layout={"width": "auto"},
+    )
+    self.reset, self.pin = (
+        _button("Reset", "back to the recipe's values", "undo"),
+        _button("Pin", "keep these settings to compare with", "thumb-tack"),
+    )
+    self.apply = _button(
+        "Judge all images so",
+        "compute what filters, columns and tabs say anew, with these sliders; Reset goes back",
+        "check",
+    )
+    self.bar = widgets.IntProgress(layout={"width": "220px"}, style={"bar_color": plots.BLUE})
+    self.cancel, self.compute = (
+        _button("Cancel", "stop; what CLIP has seen so far is kept", "stop"),
+        _button("Compute", "look at every image of the split once", "play"),
+    )
+    self.waiting = widgets.HBox([self.bar, self.cancel, self.compute], layout={"display": "none"})
 
 # %% ../nbs/16_explore.ipynb #04adca79
 @patch
-def _make_views(self:Explore):
+def _make_views(self: Explore):
     "What the tabs hold."
     self.gallery = Grid(self._serve, lambda i: self._try(self._open, i), side=128)
-    self.zoom = widgets.IntSlider(128, min=64, max=320, step=8, description='size', readout=False, layout={'width': '170px'}, style={'description_width': '34px'})
-    self.zoom.observe(lambda change: setattr(self.gallery, 'side', change['new']), 'value')
+    self.zoom = widgets.IntSlider(
+        128,
+        min=64,
+        max=320,
+        step=8,
+        description="size",
+        readout=False,
+        layout={"width": "170px"},
+        style={"description_width": "34px"},
+    )
+    self.zoom.observe(lambda change: setattr(self.gallery, "side", change["new"]), "value")
     self.classes, self.one_class, self.grid, self.errors = Pick(), Pick(), Pick(), Pick()
-    self.matrix = _menu(list(MATRICES), 'matrix', '; '.join(f'{k}: {v}' for k, v in MATRICES.items()), '220px')
-    self.colour = _menu(['verdict', 'class'], 'colour', 'verdict of the judge, or label of the class chosen above (the given class where none is)', '160px')
+    self.matrix = _menu(list(MATRICES), "matrix", "; ".join(f"{k}: {v}" for k, v in MATRICES.items()), "220px")
+    self.colour = _menu(
+        ["verdict", "class"],
+        "colour",
+        "verdict of the judge, or label of the class chosen above (the given class where none is)",
+        "160px",
+    )
     self.map = Map()
     self.matrix_line, self.map_line, self.error_line = widgets.HTML(), widgets.HTML(), widgets.HTML()
-    self.hand = _button('Review these', 'open the review with these images first, in this order', 'check-square')
+    self.hand = _button("Review these", "open the review with these images first, in this order", "check-square")
     self.review_place = widgets.VBox()
     self.opinion, self.epochs, self.curves = (widgets.HTML() for _ in range(3))
-    self.beside = _menu([('nothing', None)], 'beside', 'a second run of the same data set', '290px')
-    self.params = widgets.Textarea(layout={'width': '420px', 'height': '230px'}, tooltip='parameters of a papermill run: `aevlp train` reads this file')
-    self.save_params = _button('Save parameters', 'write them as YAML for a papermill run', 'save')
-    self.save_picture = _button('Save picture', 'write patches, heat map and scores as PNG', 'image')
-    self.save_list = _button('Save list', 'write the images shown, with all columns, as CSV', 'list')
+    self.beside = _menu([("nothing", None)], "beside", "a second run of the same data set", "290px")
+    self.params = widgets.Textarea(
+        layout={"width": "420px", "height": "230px"},
+        tooltip="parameters of a papermill run: `aevlp train` reads this file",
+    )
+    self.save_params = _button("Save parameters", "write them as YAML for a papermill run", "save")
+    self.save_picture = _button("Save picture", "write patches, heat map and scores as PNG", "image")
+    self.save_list = _button("Save list", "write the images shown, with all columns, as CSV", "list")
 
 
 @patch
-def _layout(self:Explore):
-    row = lambda *kids: widgets.HBox(kids).add_class('row')
-    box = lambda kind, *kids: widgets.VBox(kids).add_class(kind)
-    keys = widgets.HTML('<span class="soft keys"><kbd>←</kbd> <kbd>→</kbd> image, <kbd>d</kbd> draw, <kbd>↑</kbd> <kbd>↓</kbd> patch</span>')
-    side = box('side', *[self.sliders[n] for n in SLIDERS], row(self.reset, self.pin, self.apply), self.compare, widgets.HTML(draw.marks_html()))
-    picture = box('main', box('image', self.place, self.stage, self.patch_line), box('labels', self.labels, self.heat), side)
-    self.tabs = widgets.Tab([picture, box('find', row(self.zoom), self.gallery), widgets.HBox([box('tall', self.classes), box('tall', self.one_class)]).add_class('halves'),
-                             box('x', row(self.matrix, self.matrix_line), self.grid), box('x', row(self.colour, self.map_line), self.map),
-                             box('x', row(self.hand, self.error_line), box('tall', self.errors), self.review_place),
-                             box('x', row(self.beside), self.opinion, self.epochs, self.curves), box('x', self.params, row(self.save_params, self.save_picture, self.save_list))], titles=TABS)
+def _layout(self: Explore):
+    def row(*kids):
+        return widgets.HBox(kids).add_class("row")
+
+    def box(kind, *kids):
+        return widgets.VBox(kids).add_class(kind)
+
+    keys = widgets.HTML(
+        '<span class="soft keys"><kbd>←</kbd> <kbd>→</kbd> image, <kbd>d</kbd> draw, <kbd>↑</kbd> <kbd>↓</kbd> '
+        "patch</span>"
+    )
+    side = box(
+        "side",
+        *[self.sliders[n] for n in SLIDERS],
+        row(self.reset, self.pin, self.apply),
+        self.compare,
+        widgets.HTML(draw.marks_html()),
+    )
+    picture = box(
+        "main", box("image", self.place, self.stage, self.patch_line), box("labels", self.labels, self.heat), side
+    )
+    self.tabs = widgets.Tab(
+        [
+            picture,
+            box("find", row(self.zoom), self.gallery),
+            widgets.HBox([box("tall", self.classes), box("tall", self.one_class)]).add_class("halves"),
+            box("x", row(self.matrix, self.matrix_line), self.grid),
+            box("x", row(self.colour, self.map_line), self.map),
+            box("x", row(self.hand, self.error_line), box("tall", self.errors), self.review_place),
+            box("x", row(self.beside), self.opinion, self.epochs, self.curves),
+            box("x", self.params, row(self.save_params, self.save_picture, self.save_list)),
+        ],
+        titles=TABS,
+    )
     self.legend = widgets.HTML(draw.legend_html())
-    return [widgets.HTML(CSS + _PAGE), row(self.run, self.split, self.judge, self.previous, self.jump, self.next, self.found, self.draw, keys),
-            row(self.filter, self.only, self.sort, self.falling, self.search, self.clear, self.told), row(self.waiting, self.status), self.strip, self.tabs, self.legend]
+    return [
+        widgets.HTML(CSS + _PAGE),
+        row(self.run, self.split, self.judge, self.previous, self.jump, self.next, self.found, self.draw, keys),
+        row(self.filter, self.only, self.sort, self.falling, self.search, self.clear, self.told),
+        row(self.waiting, self.status),
+        self.strip,
+        self.tabs,
+        self.legend,
+    ]
 
 # %% ../nbs/16_explore.ipynb #7f90a5a5
 @patch
-def _wire(self:Explore):
-    on = lambda control, action: control.observe(lambda change: self._quiet or self._try(action, change['new']), 'value')
-    for name, slider in self.sliders.items(): on(slider, lambda value, name=name: self.change(name, value))
-    for control, action in ((self.previous, 'previous'), (self.next, 'next'), (self.draw, 'draw')):
+def _wire(self: Explore):
+    def on(control, action):
+        return control.observe(lambda change: self._quiet or self._try(action, change["new"]), "value")
+
+    for name, slider in self.sliders.items():
+        on(slider, lambda value, name=name: self.change(name, value))
+    for control, action in ((self.previous, "previous"), (self.next, "next"), (self.draw, "draw")):
         control.on_click(lambda _, action=action: self._try(self.act, action))
     self.stage.on_msg(lambda _, message, __: self._key(message))
-    self.stage.observe(lambda change: self._try(self.choose_patch, change['new']), 'selected')
+    self.stage.observe(lambda change: self._try(self.choose_patch, change["new"]), "selected")
     on(self.run, self._new_run)
     on(self.split, self._new_split)
-    for control in (self.judge, self.filter, self.only, self.sort, self.falling, self.search): on(control, lambda _: self.refilter())
+    for control in (self.judge, self.filter, self.only, self.sort, self.falling, self.search):
+        on(control, lambda _: self.refilter())
     on(self.jump, lambda value: value - 1 == self.state.index or self.go(value - 1))
     on(self.compare, lambda _: self.show_labels())
     on(self.matrix, lambda _: self.show_tab())
     on(self.colour, lambda _: self.show_tab())
     on(self.beside, lambda _: self.show_tab())
-    self.tabs.observe(lambda _: self._try(self.show_tab), 'selected_index')
-    for button, action in ((self.reset, self._reset), (self.pin, self._pin), (self.apply, self._apply), (self.clear, self._clear), (self.compute, self._compute),
-                           (self.save_params, self.write_parameters), (self.save_picture, self.write_picture), (self.save_list, self.write_list), (self.hand, self.to_review)):
+    self.tabs.observe(lambda _: self._try(self.show_tab), "selected_index")
+    for button, action in (
+        (self.reset, self._reset),
+        (self.pin, self._pin),
+        (self.apply, self._apply),
+        (self.clear, self._clear),
+        (self.compute, self._compute),
+        (self.save_params, self.write_parameters),
+        (self.save_picture, self.write_picture),
+        (self.save_list, self.write_list),
+        (self.hand, self.to_review),
+    ):
         button.on_click(lambda _, action=action: self._try(action))
     self.cancel.on_click(lambda _: self._stop())
     self.map.on_msg(lambda _, message, __: self._try(self._mapped, message))
-    for pick, action in ((self.classes, self._class_picked), (self.one_class, self._class_picked), (self.grid, self._cell_picked), (self.errors, self._row_picked)):
-        pick.on_msg(lambda _, message, __, action=action: self._try(action, message['pick']))
+    for pick, action in (
+        (self.classes, self._class_picked),
+        (self.one_class, self._class_picked),
+        (self.grid, self._cell_picked),
+        (self.errors, self._row_picked),
+    ):
+        pick.on_msg(lambda _, message, __, action=action: self._try(action, message["pick"]))
 
 # %% ../nbs/16_explore.ipynb #db704866
 @patch
-def _try(self:Explore, action, *args):
+def _try(self: Explore, action, *args):
     "Run an action; what the user can put right is said on the page."
-    self.status.value = ''
-    try: action(*args)
-    except AevlpError as error: self.say(error, 'note')
+    self.status.value = ""
+    try:
+        action(*args)
+    except AevlpError as error:
+        self.say(error, "note")
 
 
 @patch
-def say(self:Explore, text, kind='soft'): self.status.value = f'<span class="{kind}">{html.escape(str(text))}</span>'
+def say(self: Explore, text, kind="soft"):
+    self.status.value = f'<span class="{kind}">{html.escape(str(text))}</span>'
 
 
 @patch
-def _key(self:Explore, message):
+def _key(self: Explore, message):
     "A key, or several presses of it at once; the browser sends the next when this is answered."
-    try: self._try(self.act, KEYS[message['key']], int(message.get('times', 1)))
+    try:
+        self._try(self.act, KEYS[message["key"]], int(message.get("times", 1)))
     finally:
-        if 'times' in message: self.stage.turn += 1
+        if "times" in message:
+            self.stage.turn += 1
 
 
 @patch
-def act(self:Explore, action, times=1):
+def act(self: Explore, action, times=1):
     "A key or a button."
-    patches = self.state.recipe.grid ** 2
-    if action in ('next', 'previous'): self.go(self.state.index + (times if action == 'next' else -times))
-    elif action == 'draw':
+    patches = self.state.recipe.grid**2
+    if action in ("next", "previous"):
+        self.go(self.state.index + (times if action == "next" else -times))
+    elif action == "draw":
         self.state.epoch += times
         self.show()
-    else: self.stage.selected = {'down': (self.stage.selected + 1) % patches, 'up': (self.stage.selected - 1) % patches, 'clear': -1}[action]
+    else:
+        self.stage.selected = {
+            "down": (self.stage.selected + 1) % patches,
+            "up": (self.stage.selected - 1) % patches,
+            "clear": -1,
+        }[action]
 
 
 @patch
-def change(self:Explore, name, value):
+def change(self: Explore, name, value):
     "A slider moved; the browser's rounding of a value between two steps is no move."
-    if abs(value - getattr(self.state.recipe, name)) < 0.75 * getattr(self.sliders[name], 'step', 0): return
+    if abs(value - getattr(self.state.recipe, name)) < 0.75 * getattr(self.sliders[name], "step", 0):
+        return
     self.state.recipe = replace(self.state.recipe, **{name: type(getattr(self.state.recipe, name))(value)})
-    if name in ('grid', 'overlap'): self.choose_patch(-1, redraw=False)
-    self.show(heat=name in ('grid', 'overlap', 'temperature'), image=name in ('grid', 'overlap'))
+    if name in ("grid", "overlap"):
+        self.choose_patch(-1, redraw=False)
+    self.show(heat=name in ("grid", "overlap", "temperature"), image=name in ("grid", "overlap"))
     self.say_settings()
 
 # %% ../nbs/16_explore.ipynb #06f30ed2
 @patch
-def renew(self:Explore, ask=True):
+def renew(self: Explore, ask=True):
     "Another table: read it, or begin to compute it."
     self._stop()
     self.known = None
     self.say_settings()
-    if (found := self.state.table(compute=False)) is not None: return self._take(found)
+    if (found := self.state.table(compute=False)) is not None:
+        return self._take(found)
     self.refilter()
     self._compute(ask)
 
 
 @patch
-def _compute(self:Explore, ask=False):
+def _compute(self: Explore, ask=False):
     "Compute the table: in the background where an event loop runs, else now."
     state = self.state
-    job = self._job = {'stop': False, 'at': (0, 1, 'views through CLIP'), 'found': None, 'error': None, 'began': None, 'left': None}
+    job = self._job = {
+        "stop": False,
+        "at": (0, 1, "views through CLIP"),
+        "found": None,
+        "error": None,
+        "began": None,
+        "left": None,
+    }
+
     def tell(done, total, what):
-        if job['stop']: raise Cancelled
-        job['at'] = (done, total, what)
-        if job['began'] is None or what != job['what']: job.update(began=time.monotonic(), what=what, first=done)
-        elif done > job['first']: job['left'] = (time.monotonic() - job['began']) / (done - job['first']) * (total - done)
-        if ask and done >= 32 and (job['left'] or 0) > WAIT: raise Cancelled
+        if job["stop"]:
+            raise Cancelled
+        job["at"] = (done, total, what)
+        if job["began"] is None or what != job["what"]:
+            job.update(began=time.monotonic(), what=what, first=done)
+        elif done > job["first"]:
+            job["left"] = (time.monotonic() - job["began"]) / (done - job["first"]) * (total - done)
+        if ask and done >= 32 and (job["left"] or 0) > WAIT:
+            raise Cancelled
+
     def work():
-        try: job['found'] = state.table(tell)
-        except Cancelled: job['stop'] = True
-        except AevlpError as e: job['error'] = e
-        except Exception as e: job['error'] = AevlpError(f'what is known of the split cannot be computed: {type(e).__name__}: {e}')
-    self.waiting.layout.display, self.cancel.layout.display, self.compute.layout.display = '', '', 'none'
-    try: loop = asyncio.get_running_loop()
+        try:
+            job["found"] = state.table(tell)
+        except Cancelled:
+            job["stop"] = True
+        except AevlpError as e:
+            job["error"] = e
+        except Exception as e:
+            job["error"] = AevlpError(f"what is known of the split cannot be computed: {type(e).__name__}: {e}")
+
+    self.waiting.layout.display, self.cancel.layout.display, self.compute.layout.display = "", "", "none"
+    try:
+        loop = asyncio.get_running_loop()
     except RuntimeError:
         work()
         return self._ended(job)
@@ -509,43 +801,59 @@ def _compute(self:Explore, ask=False):
 
 
 @patch
-async def _watch(self:Explore, job):
+async def _watch(self: Explore, job):
     "Carry the progress to the page until the job has ended."
-    while job['found'] is None and job['error'] is None and not job['stop']:
-        done, total, what = job['at']
+    while job["found"] is None and job["error"] is None and not job["stop"]:
+        done, total, what = job["at"]
         self.bar.max, self.bar.value = max(total, 1), done
-        left = '' if job['left'] is None else f", about {runs._clock(job['left'])} left"
-        self.say(f'looking at every image once: {what}, {done} of {total}{left}')
+        left = "" if job["left"] is None else f", about {runs._clock(job['left'])} left"
+        self.say(f"looking at every image once: {what}, {done} of {total}{left}")
         await asyncio.sleep(0.2)
-    if job is self._job: self._ended(job)
+    if job is self._job:
+        self._ended(job)
 
 # %% ../nbs/16_explore.ipynb #bfc6145b
 @patch
-def _stop(self:Explore):
-    if self._job is not None: self._job['stop'] = True
+def _stop(self: Explore):
+    if self._job is not None:
+        self._job["stop"] = True
 
 
 @patch
-def _ended(self:Explore, job):
+def _ended(self: Explore, job):
     "The table is there, or will not be."
     self._job = None
-    if job['found'] is not None:
-        self.status.value, self.waiting.layout.display = '', 'none'
-        return self._try(self._take, job['found'])
-    self.cancel.layout.display, self.compute.layout.display = 'none', ''
-    if job['error'] is not None: return self.say(job['error'], 'note')
-    left = f" (about {runs._clock(job['left'])})" if job['left'] else ''
-    self.say(f'Filters, columns and the tabs after Find need one look at every image of the split{left}; it can be used meanwhile.')
+    if job["found"] is not None:
+        self.status.value, self.waiting.layout.display = "", "none"
+        return self._try(self._take, job["found"])
+    self.cancel.layout.display, self.compute.layout.display = "none", ""
+    if job["error"] is not None:
+        return self.say(job["error"], "note")
+    left = f" (about {runs._clock(job['left'])})" if job["left"] else ""
+    self.say(
+        f"Filters, columns and the tabs after Find need one look at every image of the split{left}; it can be used "
+        "meanwhile."
+    )
 
 
 @patch
-def _take(self:Explore, found):
+def _take(self: Explore, found):
     "Offer what the table can answer, and nothing else."
     self.known, self._quiet = found, True
-    self.waiting.layout.display = 'none'
-    for control, options in ((self.judge, [(JUDGES[j], j) for j in found.judges]), (self.filter, found.possible()),
-                             (self.sort, [c for c in tables.COLUMNS if c in ('position', 'name') or not np.isnan(found.column(c, found.judges[0]).astype(float)).all()]),
-                             (self.matrix, [m for m in MATRICES if m != 'confused' or found.has_truth])):
+    self.waiting.layout.display = "none"
+    for control, options in (
+        (self.judge, [(JUDGES[j], j) for j in found.judges]),
+        (self.filter, found.possible()),
+        (
+            self.sort,
+            [
+                c
+                for c in tables.COLUMNS
+                if c in ("position", "name") or not np.isnan(found.column(c, found.judges[0]).astype(float)).all()
+            ],
+        ),
+        (self.matrix, [m for m in MATRICES if m != "confused" or found.has_truth]),
+    ):
         before = control.value
         control.options = options
         values = [o[1] if isinstance(o, tuple) else o for o in options]
@@ -556,61 +864,93 @@ def _take(self:Explore, found):
 
 # %% ../nbs/16_explore.ipynb #36d7a203
 @patch
-def say_settings(self:Explore):
+def say_settings(self: Explore):
     "Under which settings the whole split was judged, and whether the sliders still say the same."
     if self.known is None:
-        self.told.value = ''
+        self.told.value = ""
         return
-    kept = self.known.key['recipe']
+    kept = self.known.key["recipe"]
     moved = [n for n in SLIDERS if kept[n] != getattr(self.state.recipe, n)]
-    settings = f"g {kept['grid']}, r {kept['overlap']:g}, τ {kept['temperature']:g}, ν {kept['local_threshold']:g}, ζ {kept['global_threshold']:g}, k {kept['top_k']}, Δ {kept['negative_ratio']:.0%}"
-    note = f' <span class="note">the sliders moved ({", ".join(moved)}): this image follows them, the list does not</span>' if moved else ''
-    self.told.value = f'<span class="soft" title="evaluation views: no flip, no augmentation">judged with {settings}</span>{note}'
+    settings = (
+        f"g {kept['grid']}, r {kept['overlap']:g}, τ {kept['temperature']:g}, ν {kept['local_threshold']:g}, ζ "
+        f"{kept['global_threshold']:g}, k {kept['top_k']}, Δ {kept['negative_ratio']:.0%}"
+    )
+    note = (
+        f' <span class="note">the sliders moved ({", ".join(moved)}): this image follows them, the list does not</span>'
+        if moved
+        else ""
+    )
+    self.told.value = (
+        f'<span class="soft" title="evaluation views: no flip, no augmentation">judged with {settings}</span>{note}'
+    )
     self.apply.disabled = not moved
 
 
 @patch
-def _apply(self:Explore): self.renew(ask=True)
+def _apply(self: Explore):
+    self.renew(ask=True)
 
 
 @patch
-def _clear(self:Explore):
+def _clear(self: Explore):
     self._quiet = True
-    self.filter.value, self.only.value, self.sort.value, self.falling.value, self.search.value = 'all', '', 'position', False, ''
+    self.filter.value, self.only.value, self.sort.value, self.falling.value, self.search.value = (
+        "all",
+        "",
+        "position",
+        False,
+        "",
+    )
     self._quiet = False
     self.refilter()
 
 
 @patch
-def refilter(self:Explore, pair=None, chosen=None, stay=False):
+def refilter(self: Explore, pair=None, chosen=None, stay=False):
     "The list again, from all that the selectors say; a cell or a lasso counts until the next selector moves."
     only, here = self.only.value or None, int(np.searchsorted(self.state.data.splits[self.state.split], self.state.id))
-    self.query = Query(self.judge.value, self.filter.value, only, self.search.value.strip(), self.sort.value, self.falling.value, pair, chosen)
-    if self.known is None: self.rows = np.arange(len(self.state.data.splits[self.state.split]))
-    else: self.rows = self.known.find(self.query)
+    self.query = Query(
+        self.judge.value,
+        self.filter.value,
+        only,
+        self.search.value.strip(),
+        self.sort.value,
+        self.falling.value,
+        pair,
+        chosen,
+    )
+    if self.known is None:
+        self.rows = np.arange(len(self.state.data.splits[self.state.split]))
+    else:
+        self.rows = self.known.find(self.query)
     self._list()
-    if not len(self.rows): raise AevlpError(f'no image of {self.state.split} for {self.describe()}; the last one is still shown')
+    if not len(self.rows):
+        raise AevlpError(f"no image of {self.state.split} for {self.describe()}; the last one is still shown")
     at = np.flatnonzero(self.rows == here) if stay else []
     self.go(int(at[0]) if len(at) else 0)
     self.show_tab()
 
 # %% ../nbs/16_explore.ipynb #f8c4f699
 @patch
-def describe(self:Explore) -> str:
+def describe(self: Explore) -> str:
     "The query in words."
-    q, of = self.query, '' if self.query.class_name is None else f' of {self.query.class_name}'
-    parts = [f'{q.verdict}{of}' if q.verdict != 'all' or of else 'all images'] + ([f'names with "{q.text}"'] if q.text else [])
-    if q.pair: parts.append(f'{q.pair[0]}: {q.pair[1]} and {q.pair[2]}')
-    if q.chosen is not None: parts.append('inside the lasso')
-    return ', '.join(parts)
+    q, of = self.query, "" if self.query.class_name is None else f" of {self.query.class_name}"
+    parts = [f"{q.verdict}{of}" if q.verdict != "all" or of else "all images"] + (
+        [f'names with "{q.text}"'] if q.text else []
+    )
+    if q.pair:
+        parts.append(f"{q.pair[0]}: {q.pair[1]} and {q.pair[2]}")
+    if q.chosen is not None:
+        parts.append("inside the lasso")
+    return ", ".join(parts)
 
 
 @patch
-def _list(self:Explore):
+def _list(self: Explore):
     "Tell the strip and the grid how long the list is now."
     total = len(self.state.data.splits[self.state.split])
-    extra = [p for p in self.describe().split(', ') if p.startswith(tuple(MATRICES)) or p == 'inside the lasso']
-    chip = f' <b class="note">{html.escape(extra[-1])}</b>' if extra else ''
+    extra = [p for p in self.describe().split(", ") if p.startswith(tuple(MATRICES)) or p == "inside the lasso"]
+    chip = f' <b class="note">{html.escape(extra[-1])}</b>' if extra else ""
     self.found.value = f'of <b>{len(self.rows)}</b> <span class="soft">({total} in the split)</span>{chip}'
     self.strip.renew(len(self.rows))
     self.gallery.renew(len(self.rows))
@@ -620,32 +960,44 @@ def _list(self:Explore):
 
 
 @patch
-def _new_split(self:Explore, split):
+def _new_split(self: Explore, split):
     self.state.go(split)
     self.renew()
 
 
 @patch
-def _new_run(self:Explore, run):
+def _new_run(self: Explore, run):
     "Look with another run: its settings, its model, its pseudo-labels."
     s = self.state
     recipe = s.start
     if run is not None:
         params = runs.read_params(run)
-        recipe = find_recipe(s.data.name, params['method'], params['fidelity'], data=s.data, **params['recipe'])
-    state = Explorer(s.data, recipe, s.split, run, s.seed if run is None else params.get('seed', 0), s.device, s.keep, s.source, s.bank_root)
+        recipe = find_recipe(s.data.name, params["method"], params["fidelity"], data=s.data, **params["recipe"])
+    state = Explorer(
+        s.data,
+        recipe,
+        s.split,
+        run,
+        s.seed if run is None else params.get("seed", 0),
+        s.device,
+        s.keep,
+        s.source,
+        s.bank_root,
+    )
     self.state, self._quiet = state, True
     for name in SLIDERS:
-        if name == 'temperature': self.sliders[name].options = sorted({*self.sliders[name].options, getattr(recipe, name)})
+        if name == "temperature":
+            self.sliders[name].options = sorted({*self.sliders[name].options, getattr(recipe, name)})
         self.sliders[name].value = getattr(recipe, name)
     self._quiet = False
     self.renew()
 
 
 @patch
-def go(self:Explore, index):
+def go(self: Explore, index):
     "Show another image."
-    if not len(self.rows): raise AevlpError(f'no image of {self.state.split} for {self.describe()}')
+    if not len(self.rows):
+        raise AevlpError(f"no image of {self.state.split} for {self.describe()}")
     self.state.index = index % len(self.rows)
     self.strip.current = self.gallery.current = self.state.index
     self.jump.value = self.state.index + 1
@@ -654,229 +1006,336 @@ def go(self:Explore, index):
 
 
 @patch
-def _open(self:Explore, index):
+def _open(self: Explore, index):
     self.go(index)
     self.tabs.selected_index = 0
 
 # %% ../nbs/16_explore.ipynb #f367c163
 @patch
-def thumbnail(self:Explore, id, side) -> bytes:
+def thumbnail(self: Explore, id, side) -> bytes:
     "A small JPEG of an image; grey where it cannot be read."
     key = (int(id), side)
     if key not in self._thumbs:
-        try: self._thumbs[key] = jpeg(decode(self.state.data.paths[id]), side, 82)
-        except AevlpError: self._thumbs[key] = jpeg(np.full((side, side, 3), 128, np.uint8), side) # shown alone, the image says why
-        while len(self._thumbs) > 6000: self._thumbs.popitem(last=False)
+        try:
+            self._thumbs[key] = jpeg(decode(self.state.data.paths[id]), side, 82)
+        except AevlpError:
+            self._thumbs[key] = jpeg(np.full((side, side, 3), 128, np.uint8), side)  # shown alone, the image says why
+        while len(self._thumbs) > 6000:
+            self._thumbs.popitem(last=False)
     return self._thumbs[key]
 
 
 @patch
-def _serve(self:Explore, places):
+def _serve(self: Explore, places):
     "Thumbnails of places in the list, with what the order is about."
     side, ids = (128 if self.gallery.side <= 160 else 320), self.state.data.splits[self.state.split]
     rows = [int(self.rows[i]) for i in places]
     pictures = in_threads(lambda row: self.thumbnail(int(ids[row]), side), rows)
     values = None
-    if self.known is not None and self.query.sort not in ('position', 'name'): values = self.known.column(self.query.sort, self.query.judge, self.query.class_name)
+    if self.known is not None and self.query.sort not in ("position", "name"):
+        values = self.known.column(self.query.sort, self.query.judge, self.query.class_name)
     cells = None
-    if self.known is not None and self.query.verdict not in ('all', 'has the class', 'says yes'): cells = self.known.where(self.query.verdict, self.query.judge)
+    if self.known is not None and self.query.verdict not in ("all", "has the class", "says yes"):
+        cells = self.known.where(self.query.verdict, self.query.judge)
     out = []
     for row, picture in zip(rows, pictures):
         name = Path(self.state.data.paths[ids[row]]).name
-        value = '' if values is None or np.isnan(values[row]) else f'{values[row]:.3g}'
+        value = "" if values is None or np.isnan(values[row]) else f"{values[row]:.3g}"
         about = [] if cells is None else [self.known.class_names[c] for c in np.flatnonzero(cells[row])]
-        caption = (f'{value} ' if value else '') + (', '.join(about) or name)
-        out.append((picture, f'{name}' + (f', {self.query.sort} {value}' if value else '') + (f': {", ".join(about)}' if about else ''), caption, str(len(about)) if len(about) > 1 else ''))
+        caption = (f"{value} " if value else "") + (", ".join(about) or name)
+        out.append(
+            (
+                picture,
+                f"{name}"
+                + (f", {self.query.sort} {value}" if value else "")
+                + (f": {', '.join(about)}" if about else ""),
+                caption,
+                str(len(about)) if len(about) > 1 else "",
+            )
+        )
     return out
 
 # %% ../nbs/16_explore.ipynb #a1c8907a
 @patch
-def choose_patch(self:Explore, patch, redraw=True):
+def choose_patch(self: Explore, patch, redraw=True):
     self.state.selected = None if patch < 0 else patch
-    if self.stage.selected != patch: self.stage.selected = patch
-    if redraw: self.show(image=False, labels=False)
+    if self.stage.selected != patch:
+        self.stage.selected = patch
+    if redraw:
+        self.show(image=False, labels=False)
 
 
 @patch
-def _reset(self:Explore):
+def _reset(self: Explore):
     "Back to where the sliders started."
-    for name in SLIDERS: self.sliders[name].value = getattr(self.state.start, name)
-    if self.known is not None and any(self.known.key['recipe'][n] != getattr(self.state.recipe, n) for n in SLIDERS): self.renew()
+    for name in SLIDERS:
+        self.sliders[name].value = getattr(self.state.start, name)
+    if self.known is not None and any(self.known.key["recipe"][n] != getattr(self.state.recipe, n) for n in SLIDERS):
+        self.renew()
 
 
 @patch
-def _pin(self:Explore):
+def _pin(self: Explore):
     self.pinned = (self.state.recipe, self.state.epoch)
-    self.compare.value = 'pinned settings'
+    self.compare.value = "pinned settings"
     self.show_labels()
 
 
 @patch
-def show(self:Explore, image=True, heat=True, labels=True):
+def show(self: Explore, image=True, heat=True, labels=True):
     "Draw what has changed."
     s, names = self.state, self.state.data.class_names
     self.look = look = s.look()
-    if image: self.show_image(look)
-    if image or heat: self.stage.tips = [top_classes(probs, names) for probs in look.probs[1:]]
-    if image or heat: self.heat.value = draw.heat_html(look.probs, names, np.flatnonzero(s.data.observed[look.id] == 1), s.selected, self.kept)
+    if image:
+        self.show_image(look)
+    if image or heat:
+        self.stage.tips = [top_classes(probs, names) for probs in look.probs[1:]]
+    if image or heat:
+        self.heat.value = draw.heat_html(
+            look.probs, names, np.flatnonzero(s.data.observed[look.id] == 1), s.selected, self.kept
+        )
     if labels:
         self.show_labels()
         self.params.value = yaml.safe_dump(s.parameters(), sort_keys=False)
     n = s.selected
-    self.patch_line.value = '<span class="soft">hover or click a patch to see its top classes</span>' if n is None else (
-        f'<b>patch {n + 1}</b>: ' + html.escape(top_classes(look.probs[n + 1], names, ', ')))
+    self.patch_line.value = (
+        '<span class="soft">hover or click a patch to see its top classes</span>'
+        if n is None
+        else (f"<b>patch {n + 1}</b>: " + html.escape(top_classes(look.probs[n + 1], names, ", ")))
+    )
 
 
-def top_classes(probs, class_names, join='\n', top=5):
+def top_classes(probs, class_names, join="\n", top=5):
     "The best classes of a view, with their similarities."
     probs = np.asarray(probs)
-    return join.join(f'{class_names[c]} {probs[c]:.2f}' for c in np.argsort(-probs, kind='stable')[:top])
+    return join.join(f"{class_names[c]} {probs[c]:.2f}" for c in np.argsort(-probs, kind="stable")[:top])
 
 # %% ../nbs/16_explore.ipynb #f4625768
 @patch
-def show_image(self:Explore, look):
+def show_image(self: Explore, look):
     data = self.state.data
     image, name = decode(data.paths[look.id]), Path(data.paths[look.id]).name
     self.stage.size = [image.shape[1], image.shape[0]]
     self.stage.boxes = [[float(v) for v in box] for box in look.boxes[1:]]
     self.stage.alt = name
     self.stage.src = data_url(image, 800)
-    drawn = 'evaluation views' if look.epoch == 0 else f'draw {look.epoch}'
-    self.place.value = f'<b>{html.escape(name)}</b> <span class="soft">image {self.state.index + 1} of {len(self.rows)}, {drawn}</span>'
-    if self.tabs.selected_index == TABS.index('Model'): self.show_model()
+    drawn = "evaluation views" if look.epoch == 0 else f"draw {look.epoch}"
+    self.place.value = (
+        f'<b>{html.escape(name)}</b> <span class="soft">image {self.state.index + 1} of {len(self.rows)}, '
+        f"{drawn}</span>"
+    )
+    if self.tabs.selected_index == TABS.index("Model"):
+        self.show_model()
 
 
 @patch
-def show_labels(self:Explore):
+def show_labels(self: Explore):
     s, look, other = self.state, self.look, None
-    if self.compare.value != 'nothing': other = (self.compare.value, s.verdicts(look.id, s.other(self.compare.value, look.id, self.pinned)))
-    self.labels.value = draw.labels_html(s.data.class_names, s.verdicts(look.id, look.pseudo), look.scores, s.recipe.global_threshold, s.truth(look.id), other, self.kept)
+    if self.compare.value != "nothing":
+        other = (self.compare.value, s.verdicts(look.id, s.other(self.compare.value, look.id, self.pinned)))
+    self.labels.value = draw.labels_html(
+        s.data.class_names,
+        s.verdicts(look.id, look.pseudo),
+        look.scores,
+        s.recipe.global_threshold,
+        s.truth(look.id),
+        other,
+        self.kept,
+    )
 
 # %% ../nbs/16_explore.ipynb #bc2cd975
 @patch
-def show_tab(self:Explore, *_):
+def show_tab(self: Explore, *_):
     "Draw the tab that is open."
     name = TABS[self.tabs.selected_index or 0]
-    needs = {'Classes': self.show_classes, 'Matrix': self.show_matrix, 'Map': self.show_map, 'Label errors': self.show_errors}
-    if name == 'Model': self.show_model()
+    needs = {
+        "Classes": self.show_classes,
+        "Matrix": self.show_matrix,
+        "Map": self.show_map,
+        "Label errors": self.show_errors,
+    }
+    if name == "Model":
+        self.show_model()
     elif name in needs:
-        if self.known is None: raise AevlpError(f'{name} needs a look at every image of the split first')
+        if self.known is None:
+            raise AevlpError(f"{name} needs a look at every image of the split first")
         needs[name]()
 
 
 @patch
-def show_classes(self:Explore):
+def show_classes(self: Explore):
     frame = self.known.classes(self.query.judge)
-    order = frame.sort_values('AP' if 'AP' in frame and frame.AP.notna().any() else 'said', kind='stable')
-    self.classes.value = f'<div class="soft">{html.escape(JUDGES[self.query.judge])} on {self.state.split}, the worst first; click a class</div>' + draw.table_html(order, 'class')
-    self.one_class.value = self._one_class(self.query.class_name or order['class'].iloc[0])
+    order = frame.sort_values("AP" if "AP" in frame and frame.AP.notna().any() else "said", kind="stable")
+    self.classes.value = (
+        f'<div class="soft">{html.escape(JUDGES[self.query.judge])} on {self.state.split}, the worst first; click a '
+        "class</div>" + draw.table_html(order, "class")
+    )
+    self.one_class.value = self._one_class(self.query.class_name or order["class"].iloc[0])
 
 
 @patch
-def _one_class(self:Explore, name):
+def _one_class(self: Explore, name):
     "The best and the worst pictures of a class, and what it is confused with."
     t, judge = self.known, self.query.judge
     c, score, ids = t.index(name), t.scores[judge][:, t.index(name)], self.state.data.splits[self.state.split]
+
     def pictures(title, mask, falling):
         rows = np.flatnonzero(mask)
-        rows = rows[np.argsort(-score[rows] if falling else score[rows], kind='stable')[:10]]
-        cells = ''.join(f'<img tabindex="0" data-pick="row:{r}" src="{self._url(ids[r])}" title="{html.escape(t.names[r])}: {score[r]:.3f}" alt="{html.escape(t.names[r])}">' for r in rows)
+        rows = rows[np.argsort(-score[rows] if falling else score[rows], kind="stable")[:10]]
+        cells = "".join(
+            f'<img tabindex="0" data-pick="row:{r}" src="{self._url(ids[r])}" title="{html.escape(t.names[r])}: '
+            f'{score[r]:.3f}" alt="{html.escape(t.names[r])}">'
+            for r in rows
+        )
         return f'<h4>{html.escape(title)}</h4><div class="thumbs">{cells or "none"}</div>'
+
     known, there = t.known[:, c], t.label[:, c]
-    out = f'<h4>{html.escape(name)} <span class="chip" data-pick="only:{html.escape(name)}" style="color:#0072B2">show only this class</span></h4>'
-    out += pictures('surest, and there', there, True) + pictures('there, and least believed', there, False)
-    out += pictures('not there, and most believed' if t.has_truth else 'not given, and most believed', (t.truth[:, c] == 0) if t.has_truth else ~there & ~known | (t.given[:, c] < 0), True)
+    out = (
+        f'<h4>{html.escape(name)} <span class="chip" data-pick="only:{html.escape(name)}" style="color:#0072B2">show '
+        "only this class</span></h4>"
+    )
+    out += pictures("surest, and there", there, True) + pictures("there, and least believed", there, False)
+    out += pictures(
+        "not there, and most believed" if t.has_truth else "not given, and most believed",
+        (t.truth[:, c] == 0) if t.has_truth else ~there & ~known | (t.given[:, c] < 0),
+        True,
+    )
     if t.has_truth:
-        matrix = t.matrix('confused', judge)
-        chips = [f'<span class="chip" data-pick="pair:{c},{b}">{html.escape(t.class_names[b])} ({matrix[c, b]})</span>' for b in np.argsort(-matrix[c], kind='stable')[:6] if matrix[c, b] and b != c]
-        out += f'<h4>missed while another was said by mistake</h4><div>{"".join(chips) or "never"}</div>'
+        matrix = t.matrix("confused", judge)
+        chips = [
+            f'<span class="chip" data-pick="pair:{c},{b}">{html.escape(t.class_names[b])} ({matrix[c, b]})</span>'
+            for b in np.argsort(-matrix[c], kind="stable")[:6]
+            if matrix[c, b] and b != c
+        ]
+        out += f"<h4>missed while another was said by mistake</h4><div>{''.join(chips) or 'never'}</div>"
     return out
 
 
 @patch
-def _url(self:Explore, id):
-    return 'data:image/jpeg;base64,' + base64.b64encode(self.thumbnail(int(id), 128)).decode()
+def _url(self: Explore, id):
+    return "data:image/jpeg;base64," + base64.b64encode(self.thumbnail(int(id), 128)).decode()
 
 # %% ../nbs/16_explore.ipynb #b27981fc
 @patch
-def show_matrix(self:Explore):
+def show_matrix(self: Explore):
     kind, keep = self.matrix.value, self.kept
-    words = {'said together': '{a} and {b}, both said', 'known together': '{a} and {b}, both there', 'confused': '{a} is there and missed, {b} is said but not there'}
-    self.matrix_line.value = f'<span class="soft">{html.escape(JUDGES[self.query.judge])} on {self.state.split}: {MATRICES[kind]}; a cell opens its pictures</span>'
-    self.grid.value = draw.matrix_html(self.known.matrix(kind, self.query.judge), self.known.class_names, words[kind], keep)
+    words = {
+        "said together": "{a} and {b}, both said",
+        "known together": "{a} and {b}, both there",
+        "confused": "{a} is there and missed, {b} is said but not there",
+    }
+    self.matrix_line.value = (
+        f'<span class="soft">{html.escape(JUDGES[self.query.judge])} on {self.state.split}: {MATRICES[kind]}; a cell '
+        "opens its pictures</span>"
+    )
+    self.grid.value = draw.matrix_html(
+        self.known.matrix(kind, self.query.judge), self.known.class_names, words[kind], keep
+    )
 
 
 @patch
-def show_map(self:Explore):
+def show_map(self: Explore):
     "Points of the pictures in the list in colours, the others grey behind them."
     t, n = self.known, len(self.known)
     listed = np.isin(np.arange(n), self.rows)
-    if self.colour.value == 'verdict' and t.has_truth:
-        wrong, missed = (t.where(v, self.query.judge) for v in ('false positive', 'false negative'))
+    if self.colour.value == "verdict" and t.has_truth:
+        wrong, missed = (t.where(v, self.query.judge) for v in ("false positive", "false negative"))
         pick = [self.kept or slice(None)]
         wrong, missed = wrong[:, pick[0]].any(1), missed[:, pick[0]].any(1)
-        names, group = ['not in the list', 'no error', 'false positive', 'false negative', 'both'], 1 + wrong + 2 * missed
-        colours = ['#888', plots.SKY, plots.VERMILLION, plots.ORANGE, plots.PURPLE]
+        names, group = (
+            ["not in the list", "no error", "false positive", "false negative", "both"],
+            1 + wrong + 2 * missed,
+        )
+        colours = ["#888", plots.SKY, plots.VERMILLION, plots.ORANGE, plots.PURPLE]
     elif self.kept:
         c = self.kept[0]
-        names, colours = ['not in the list', f'{t.class_names[c]}: not labelled', f'{t.class_names[c]}: there', 'said only'], ['#888', plots.SKY, plots.BLUE, plots.VERMILLION]
+        names, colours = (
+            ["not in the list", f"{t.class_names[c]}: not labelled", f"{t.class_names[c]}: there", "said only"],
+            ["#888", plots.SKY, plots.BLUE, plots.VERMILLION],
+        )
         group = np.where(t.label[:, c], 2, np.where(t.says(self.query.judge)[:, c], 3, 1))
     else:
-        often = np.argsort(-(t.label).sum(0), kind='stable')[:6]
-        names, colours = ['not in the list', 'another class', *[t.class_names[c] for c in often]], ['#888', '#BBBBBB', *plots.CYCLE[:6]]
+        often = np.argsort(-(t.label).sum(0), kind="stable")[:6]
+        names, colours = (
+            ["not in the list", "another class", *[t.class_names[c] for c in often]],
+            ["#888", "#BBBBBB", *plots.CYCLE[:6]],
+        )
         group = np.full(n, 1)
-        for k, c in reversed(list(enumerate(often))): group[t.label[:, c]] = 2 + k
+        for k, c in reversed(list(enumerate(often))):
+            group[t.label[:, c]] = 2 + k
     self.map.names, self.map.colours = names, colours
-    with self.map.hold_sync(): self.map.points, self.map.groups = t.place.tobytes(), np.where(listed, group, 0).astype(np.uint8).tobytes()
-    of = f' for {self.query.class_name}' if self.kept else ''
-    truth = '' if t.has_truth or self.colour.value != 'verdict' else ' (verdicts need the truth, which is unknown: coloured by label)'
-    self.map_line.value = f'<span class="soft">whole pictures as CLIP sees them, principal components{of}{truth}; click a point, or draw a lasso</span>'
+    with self.map.hold_sync():
+        self.map.points, self.map.groups = t.place.tobytes(), np.where(listed, group, 0).astype(np.uint8).tobytes()
+    of = f" for {self.query.class_name}" if self.kept else ""
+    truth = (
+        ""
+        if t.has_truth or self.colour.value != "verdict"
+        else " (verdicts need the truth, which is unknown: coloured by label)"
+    )
+    self.map_line.value = (
+        f'<span class="soft">whole pictures as CLIP sees them, principal components{of}{truth}; click a point, or '
+        "draw a lasso</span>"
+    )
 
 
 @patch
-def _mapped(self:Explore, message):
+def _mapped(self: Explore, message):
     "A point was pointed at or clicked, or a lasso caught some."
     ids = self.state.data.splits[self.state.split]
-    if 'near' in message:
-        row = int(message['near'])
-        labels = ', '.join(np.array(self.known.class_names)[self.known.label[row]])
-        return self.map.send({'tip': row, 'text': f'{self.known.names[row]}\n{labels}'}, buffers=[self.thumbnail(int(ids[row]), 128)])
-    if 'lasso' in message:
-        if not message['lasso']: raise AevlpError('no picture lies inside the lasso')
-        self.refilter(chosen=tuple(message['lasso']))
-        self.tabs.selected_index = TABS.index('Find')
-    else: self._row_picked(f"row:{message['chosen']}")
+    if "near" in message:
+        row = int(message["near"])
+        labels = ", ".join(np.array(self.known.class_names)[self.known.label[row]])
+        return self.map.send(
+            {"tip": row, "text": f"{self.known.names[row]}\n{labels}"}, buffers=[self.thumbnail(int(ids[row]), 128)]
+        )
+    if "lasso" in message:
+        if not message["lasso"]:
+            raise AevlpError("no picture lies inside the lasso")
+        self.refilter(chosen=tuple(message["lasso"]))
+        self.tabs.selected_index = TABS.index("Find")
+    else:
+        self._row_picked(f"row:{message['chosen']}")
 
 # %% ../nbs/16_explore.ipynb #a2e9924f
 @patch
-def show_errors(self:Explore):
+def show_errors(self: Explore):
     "The ranked list, of the class chosen or of all, inside the list."
     found = self.known.errors(self.query.judge, 5000)
-    if self.query.class_name: found = found[found['class'] == self.query.class_name]
+    if self.query.class_name:
+        found = found[found["class"] == self.query.class_name]
     self.suspects = found[np.isin(found.row, self.rows)].head(300)
-    against = 'the truth' if self.known.has_truth else 'the given labels'
-    self.error_line.value = (f'<span class="soft">{len(self.suspects)} labels where {html.escape(JUDGES[self.query.judge])} contradicts {against} most, among the images shown; '
-                             'a row opens its image</span>')
-    self.errors.value = draw.table_html(self.suspects.assign(_row=[f'row:{r}' for r in self.suspects.row]).drop(columns='row'), '_row') if len(self.suspects) else 'none'
+    against = "the truth" if self.known.has_truth else "the given labels"
+    self.error_line.value = (
+        f'<span class="soft">{len(self.suspects)} labels where {html.escape(JUDGES[self.query.judge])} contradicts '
+        f"{against} most, among the images shown; "
+        "a row opens its image</span>"
+    )
+    self.errors.value = (
+        draw.table_html(self.suspects.assign(_row=[f"row:{r}" for r in self.suspects.row]).drop(columns="row"), "_row")
+        if len(self.suspects)
+        else "none"
+    )
 
 
 @patch
-def to_review(self:Explore):
+def to_review(self: Explore):
     "Open the review of this split below, with the suspects first."
-    from aevlp.review import Review, ReviewPage, names_of # the review is built on this module
-    if self.known is None: raise AevlpError('there is no list of errors yet: it needs a look at every image of the split first')
+    from aevlp.review import Review, ReviewPage, names_of  # the review is built on this module
+
+    if self.known is None:
+        raise AevlpError("there is no list of errors yet: it needs a look at every image of the split first")
     s = self.state
-    names = names_of(s.data, s.source.get('root'))
+    names = names_of(s.data, s.source.get("root"))
     ids = s.data.splits[s.split][list(dict.fromkeys(self.suspects.row))]
     state = Explorer(s.data, s.start, s.split, s.run, s.seed, s.device, s.keep, s.source, s.bank_root)
-    notes = Review(self.folder/'reviewed.csv', names, s.data.class_names, s.data.splits)
+    notes = Review(self.folder / "reviewed.csv", names, s.data.class_names, s.data.splits)
     self.review_place.children = [ReviewPage(state, notes, first=[names[i] for i in ids])]
 
 
 @patch
-def _row_picked(self:Explore, pick):
+def _row_picked(self: Explore, pick):
     "Show the image of a row: in the list where it is there, else alone."
-    row = int(pick.partition(':')[2])
+    row = int(pick.partition(":")[2])
     found = np.flatnonzero(self.rows == row)
     if not len(found):
         self.refilter(chosen=(row,))
@@ -885,105 +1344,150 @@ def _row_picked(self:Explore, pick):
 
 
 @patch
-def _class_picked(self:Explore, pick):
-    kind, _, what = pick.partition(':')
-    if kind == 'row': self._row_picked(pick)
-    elif kind == 'only': self.only.value = what
-    elif kind == 'pair': self._cell_picked(what, 'confused')
-    else: self.one_class.value = self._one_class(pick)
+def _class_picked(self: Explore, pick):
+    kind, _, what = pick.partition(":")
+    if kind == "row":
+        self._row_picked(pick)
+    elif kind == "only":
+        self.only.value = what
+    elif kind == "pair":
+        self._cell_picked(what, "confused")
+    else:
+        self.one_class.value = self._one_class(pick)
 
 
 @patch
-def _cell_picked(self:Explore, pick, kind=None):
-    a, b = (self.known.class_names[int(c)] for c in pick.split(','))
+def _cell_picked(self: Explore, pick, kind=None):
+    a, b = (self.known.class_names[int(c)] for c in pick.split(","))
     self.refilter(pair=(kind or self.matrix.value, a, b))
-    self.tabs.selected_index = TABS.index('Find')
+    self.tabs.selected_index = TABS.index("Find")
 
 # %% ../nbs/16_explore.ipynb #45e41fce
 @patch
-def show_model(self:Explore):
+def show_model(self: Explore):
     "What the run's model says of the image, and how the run went."
     s, id = self.state, self.look.id
     if s.run is None:
-        self.opinion.value, self.epochs.value, self.curves.value = 'Choose a run above to see what its model says.', '', ''
+        self.opinion.value, self.epochs.value, self.curves.value = (
+            "Choose a run above to see what its model says.",
+            "",
+            "",
+        )
         return
-    others = [('nothing', None), *[(f.name, f) for f in s.siblings() if f != s.run]]
-    if list(self.beside.options) != others: self.beside.options = others
+    others = [("nothing", None), *[(f.name, f) for f in s.siblings() if f != s.run]]
+    if list(self.beside.options) != others:
+        self.beside.options = others
     runs_ = [s.run] + ([self.beside.value] if self.beside.value else [])
     opinions = {Path(r).name: (s.probabilities(id, r), s.cuts(r)[0]) for r in runs_}
-    self.opinion.value = f'<div class="soft">{html.escape(s.cuts()[1])}</div>' + draw.opinions_html(s.data.class_names, opinions, s.data.observed[id], s.truth(id), self.kept)
+    self.opinion.value = f'<div class="soft">{html.escape(s.cuts()[1])}</div>' + draw.opinions_html(
+        s.data.class_names, opinions, s.data.observed[id], s.truth(id), self.kept
+    )
     past = s.history(id)
-    self.epochs.value = '<h4>Pseudo-labels of this image, epoch by epoch</h4>' + (
-        'This image is not in the training split of the run, or its method has no pseudo-labels.' if past is None
-        else draw.history_html(s.data.class_names, past, s.data.observed[id], s.truth(id), self.kept))
-    try: log = pd.read_csv(s.run/'history.csv')
-    except (FileNotFoundError, pd.errors.EmptyDataError): log = pd.DataFrame()
-    shown = {'training loss': 'loss', 'validation mAP': 'val_map', 'precision of pseudo-labels': 'precision', 'their recall': 'recall'}
+    self.epochs.value = "<h4>Pseudo-labels of this image, epoch by epoch</h4>" + (
+        "This image is not in the training split of the run, or its method has no pseudo-labels."
+        if past is None
+        else draw.history_html(s.data.class_names, past, s.data.observed[id], s.truth(id), self.kept)
+    )
+    try:
+        log = pd.read_csv(s.run / "history.csv")
+    except (FileNotFoundError, pd.errors.EmptyDataError):
+        log = pd.DataFrame()
+    shown = {
+        "training loss": "loss",
+        "validation mAP": "val_map",
+        "precision of pseudo-labels": "precision",
+        "their recall": "recall",
+    }
     self.curves.value = draw.curve_html({name: log[c].tolist() for name, c in shown.items() if c in log})
 
 
 @patch
-def write_parameters(self:Explore):
-    path = self.folder/f'{self.state.data.name}-parameters.yaml'
+def write_parameters(self: Explore):
+    path = self.folder / f"{self.state.data.name}-parameters.yaml"
     write_text(path, self.params.value)
-    self.say(f'written: {path.name}')
+    self.say(f"written: {path.name}")
 
 
 @patch
-def write_picture(self:Explore):
-    path = self.folder/f'{Path(self.state.data.paths[self.state.id]).stem}-draw{self.state.epoch}.png'
+def write_picture(self: Explore):
+    path = self.folder / f"{Path(self.state.data.paths[self.state.id]).stem}-draw{self.state.epoch}.png"
     self.state.picture(path)
-    self.say(f'written: {path.name}')
+    self.say(f"written: {path.name}")
 
 
 @patch
-def write_list(self:Explore):
+def write_list(self: Explore):
     "The pictures of the list with all their columns."
-    if self.known is None: raise AevlpError('there are no columns yet: they need a look at every image of the split first')
-    path = self.folder/f'{self.state.data.name}-{self.state.split}-list.csv'
+    if self.known is None:
+        raise AevlpError("there are no columns yet: they need a look at every image of the split first")
+    path = self.folder / f"{self.state.data.name}-{self.state.split}-list.csv"
     write_text(path, self.known.frame(self.query.judge).iloc[self.rows].to_csv(index=False))
-    self.say(f'written: {path.name}')
+    self.say(f"written: {path.name}")
 
 # %% ../nbs/16_explore.ipynb #4a5ffd5e
 @patch
-def other(self:Explorer,
-    name, # one of OTHERS but 'nothing'
-    id, # position in the data set
-    pinned=None, # (recipe, epoch) for 'pinned settings'
-) -> np.ndarray: # (C,) int8 in {-1,0,1}
+def other(
+    self: Explorer,
+    name,  # one of OTHERS but 'nothing'
+    id,  # position in the data set
+    pinned=None,  # (recipe, epoch) for 'pinned settings'
+) -> np.ndarray:  # (C,) int8 in {-1,0,1}
     "The labels of one image by other settings or another labeler."
-    if name == 'pinned settings': return self.look(id, pinned[1], pinned[0]).pseudo
-    if id not in self.data.splits['train']: raise AevlpError(f'{name} labels training images only; choose the split train, or compare with pinned settings')
-    if getattr(self, '_labeler', (None,))[0] != (name, self.recipe):
-        self._labeler = ((name, self.recipe), build_labeler(name, self.data, self.recipe, self.seed, self.device, bank_root=False))
-    batch = Batch(ids=torch.tensor([id]), rows=torch.from_numpy(self.rows_of([id])), images=[self.image(id)],
-                  observed=torch.from_numpy(self.data.observed[[id]]).to(self.device), logits=None)
+    if name == "pinned settings":
+        return self.look(id, pinned[1], pinned[0]).pseudo
+    if id not in self.data.splits["train"]:
+        raise AevlpError(f"{name} labels training images only; choose the split train, or compare with pinned settings")
+    if getattr(self, "_labeler", (None,))[0] != (name, self.recipe):
+        self._labeler = (
+            (name, self.recipe),
+            build_labeler(name, self.data, self.recipe, self.seed, self.device, bank_root=False),
+        )
+    batch = Batch(
+        ids=torch.tensor([id]),
+        rows=torch.from_numpy(self.rows_of([id])),
+        images=[self.image(id)],
+        observed=torch.from_numpy(self.data.observed[[id]]).to(self.device),
+        logits=None,
+    )
     return self._labeler[1].labels(batch, self.epoch)[0].cpu().numpy()
 
 # %% ../nbs/16_explore.ipynb #b6f2faa1
 def open_state(
-    dataset=None, # name of a benchmark, or `LabelledImages`; default 'glyphs'
-    root=None, # folder of the pictures, where it is not the usual one
-    csv=None, # labels of your own pictures
-    run=None, # folder of a run: its data, recipe, labels and model
-    overrides=None, # fields of the recipe by name; the rest is the run's, or AEVLP's for this data set
-    split='train', # the split to browse
-) -> Explorer: # on the first image
+    dataset=None,  # name of a benchmark, or `LabelledImages`; default 'glyphs'
+    root=None,  # folder of the pictures, where it is not the usual one
+    csv=None,  # labels of your own pictures
+    run=None,  # folder of a run: its data, recipe, labels and model
+    overrides=None,  # fields of the recipe by name; the rest is the run's, or AEVLP's for this data set
+    split="train",  # the split to browse
+) -> Explorer:  # on the first image
     "What a page is about."
-    if run is not None: params = runs.read_params(run)
-    else: params = {'dataset': None if isinstance(dataset, LabelledImages) else benchmarks.resolve(dataset, root, csv), 'method': 'aevlp', 'root': root or (csv and str(Path(csv).parent)), 'csv': csv, 'fidelity': 'paper', 'recipe': {}}
+    if run is not None:
+        params = runs.read_params(run)
+    else:
+        params = {
+            "dataset": None if isinstance(dataset, LabelledImages) else benchmarks.resolve(dataset, root, csv),
+            "method": "aevlp",
+            "root": root or (csv and str(Path(csv).parent)),
+            "csv": csv,
+            "fidelity": "paper",
+            "recipe": {},
+        }
     data = dataset if isinstance(dataset, LabelledImages) else runs.load_data(params)
-    recipe = find_recipe(data.name, params['method'], params['fidelity'], data=data, **(params['recipe'] | (overrides or {})))
-    return Explorer(data, recipe, split, run, params.get('seed', 0), source={k: params[k] for k in ('root', 'csv') if params.get(k)})
+    recipe = find_recipe(
+        data.name, params["method"], params["fidelity"], data=data, **(params["recipe"] | (overrides or {}))
+    )
+    return Explorer(
+        data, recipe, split, run, params.get("seed", 0), source={k: params[k] for k in ("root", "csv") if params.get(k)}
+    )
 
 
 def explore(
-    dataset=None, # name of a benchmark, or `LabelledImages`; default 'glyphs'
-    root=None, # folder of the pictures, where it is not the usual one
-    csv=None, # labels of your own pictures
-    run=None, # folder of a finished run: its labels and its model beside
-    overrides=None, # fields of the recipe by name, where the sliders start
-    folder='.', # where exports are written
-) -> Explore: # shown by the notebook
+    dataset=None,  # name of a benchmark, or `LabelledImages`; default 'glyphs'
+    root=None,  # folder of the pictures, where it is not the usual one
+    csv=None,  # labels of your own pictures
+    run=None,  # folder of a finished run: its labels and its model beside
+    overrides=None,  # fields of the recipe by name, where the sliders start
+    folder=".",  # where exports are written
+) -> Explore:  # shown by the notebook
     "Open the explorer."
     return Explore(open_state(dataset, root, csv, run, overrides), folder)

@@ -14,8 +14,8 @@ from dataclasses import asdict, replace
 import numpy as np
 import torch
 from fastcore.basics import patch
-from torch.nn.functional import adaptive_avg_pool2d, normalize
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch.nn.functional import adaptive_avg_pool2d, normalize
 
 from .bank import Bank
 from .data import AevlpError, LabelledImages, arithmetic, image_loader
@@ -27,21 +27,30 @@ def turn(epoch, epochs):  # -> the epoch whose views are used in `epoch`
     "Views of some epochs in turn; 0: new ones in every epoch"
     return (epoch - 1) % epochs + 1 if epochs else epoch
 
+
 _PART = 2**21  # pixels of views that are made at a time on the CPU
+
 
 class Eyes:
     "View embeddings of images from the bank, or from CLIP; epoch 0 is that of the evaluation views"
-    def __init__(self, clip, settings, seed, bank=None):  # `settings` None: the global view only, squashed and not augmented
+
+    def __init__(
+        self, clip, settings, seed, bank=None
+    ):  # `settings` None: the global view only, squashed and not augmented
         self.clip, self.settings, self.seed, self.bank = clip, settings, seed, bank
 
     @property
-    def shape(self): return (self.settings.views if self.settings else 1, self.clip.width)  # of an image's embeddings
+    def shape(self):
+        return (self.settings.views if self.settings else 1, self.clip.width)  # of an image's embeddings
 
     @property
-    def shows(self): return asdict(self.settings) if self.settings else 'global'  # names in a bank's key what CLIP is shown
+    def shows(self):
+        return asdict(self.settings) if self.settings else "global"  # names in a bank's key what CLIP is shown
 
     def plan(self, ids, sizes, epoch):
-        return view_plan(ids, sizes, self.settings, self.seed, epoch) if epoch else evaluation_plan(sizes, self.settings)
+        return (
+            view_plan(ids, sizes, self.settings, self.seed, epoch) if epoch else evaluation_plan(sizes, self.settings)
+        )
 
     def parts(self, images, ids, epoch):  # yields (b, 1 + R, 3, S, S), of consecutive images
         "The views of some images: on the CPU a few images at a time, at least one a thread"
@@ -50,17 +59,29 @@ class Eyes:
             yield student_inputs(images, self.clip.image_size, self.clip.mean, self.clip.std, device)[:, None]
             return
         plan = self.plan(ids, [i.shape[-2:] for i in images], epoch)
-        few = max(torch.get_num_threads(), _PART // (plan.flip.shape[1] * self.settings.size**2)) if device.type == 'cpu' else len(images)
+        few = (
+            max(torch.get_num_threads(), _PART // (plan.flip.shape[1] * self.settings.size**2))
+            if device.type == "cpu"
+            else len(images)
+        )
         for part in np.array_split(np.arange(len(images)), math.ceil(len(images) / few)):
             part = slice(part[0], part[-1] + 1)
             yield make_views(images[part], plan[part], self.settings, device)
 
-    def encode(self, images, ids, epoch):  # -> (b, 1 + R, K) float16, unit norm: what the bank holds, so that labels are the same without it
-        return torch.cat([self.clip.encode_images(v.flatten(0, 1)).unflatten(0, v.shape[:2]).half() for v in self.parts(images, ids, epoch)])
+    def encode(
+        self, images, ids, epoch
+    ):  # -> (b, 1 + R, K) float16, unit norm: what the bank holds, so that labels are the same without it
+        return torch.cat(
+            [
+                self.clip.encode_images(v.flatten(0, 1)).unflatten(0, v.shape[:2]).half()
+                for v in self.parts(images, ids, epoch)
+            ]
+        )
 
     def __call__(self, batch, epoch):  # -> (B, 1 + R, K)
         ids = batch.ids.cpu()
-        if self.bank is None: return self.encode(batch.images, ids, epoch).float()
+        if self.bank is None:
+            return self.encode(batch.images, ids, epoch).float()
         found = self.bank.get(epoch, ids)
         if found is None:
             places = np.flatnonzero(np.isin(ids, self.bank.missing(epoch, ids)))
@@ -71,16 +92,25 @@ class Eyes:
 # %% ../nbs/09b_eyes.ipynb #5835a6e9
 class TokenEyes(Eyes):
     "The embedding of the whole picture and its dense tokens, (B, 1 + h w, K), from one pass"
-    def __init__(self, clip, settings, seed, bank=None, rule='sclip', grid=0):  # `settings` of the whole picture; t, 0 = all tokens
+
+    def __init__(
+        self, clip, settings, seed, bank=None, rule="sclip", grid=0
+    ):  # `settings` of the whole picture; t, 0 = all tokens
         super().__init__(clip, settings, seed, bank)
         self.rule, self.grid, self.side = rule, grid, clip.token_grid(settings.size)
-        if grid > self.side: raise AevlpError(f"token_grid={grid} is more than the {self.side} x {self.side} tokens of a picture of {settings.size} pixels.")
+        if grid > self.side:
+            raise AevlpError(
+                f"token_grid={grid} is more than the {self.side} x {self.side} tokens of a picture of {settings.size} "
+                "pixels."
+            )
 
     @property
-    def shape(self): return 1 + (self.grid or self.side)**2, self.clip.width
+    def shape(self):
+        return 1 + (self.grid or self.side) ** 2, self.clip.width
 
     @property
-    def shows(self): return super().shows | dict(tokens=self.rule, pooled=self.grid)
+    def shows(self):
+        return super().shows | dict(tokens=self.rule, pooled=self.grid)
 
     def plan(self, ids, sizes, epoch):
         plan = super().plan(ids, sizes, epoch)
@@ -92,55 +122,87 @@ class TokenEyes(Eyes):
     def tokens(self, pixels):  # (b, 3, S, S) -> (b, 1 + T, K) float16
         return torch.cat(token_views(*self.clip.encode_tokens(pixels, self.rule), self.grid), 1).half()
 
+
 def token_views(whole, tokens, grid=0):  # (b, K), (b, h, w, K) unit norm -> (b, 1, K), (b, T, K) unit norm
     "A global view and local ones: all tokens, or their means over grid x grid cells"
-    if grid: tokens = normalize(adaptive_avg_pool2d(tokens.permute(0, 3, 1, 2), grid).permute(0, 2, 3, 1), dim=-1)
+    if grid:
+        tokens = normalize(adaptive_avg_pool2d(tokens.permute(0, 3, 1, 2), grid).permute(0, 2, 3, 1), dim=-1)
     return whole[:, None], tokens.flatten(1, 2)
 
 # %% ../nbs/09b_eyes.ipynb #0455792c
-def clip_of(recipe, device='cpu'):
+def clip_of(recipe, device="cpu"):
     "The CLIP of a recipe, in its precision"
-    return load_clip(recipe.clip, recipe.clip_weights or None, device, 'bf16' if recipe.precision == 'bf16' else 'fp32')
+    return load_clip(recipe.clip, recipe.clip_weights or None, device, "bf16" if recipe.precision == "bf16" else "fp32")
+
 
 def view_settings(recipe, clip):  # a `Recipe`, a `Clip`
     "What CLIP is shown under `recipe`"
-    norm = dict(mean=clip.mean, std=clip.std) if recipe.clip_norm == 'clip' else dict(mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD)
+    norm = (
+        dict(mean=clip.mean, std=clip.std)
+        if recipe.clip_norm == "clip"
+        else dict(mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD)
+    )
     return ViewSettings(grid=recipe.grid, overlap=recipe.overlap, augment=recipe.augment, size=clip.image_size, **norm)
+
 
 def prototypes(recipe, clip, class_names, seed=0):  # -> (C, K) unit norm
     "The text prototypes of DAMP under `recipe`, G included"
-    return text_prototypes(clip, class_names, recipe.prompt, noise=recipe.noise, neighbours=recipe.neighbours or None,
-                           seed=recipe.noise_seed if recipe.noise_seed >= 0 else seed, layers=recipe.noise_layers, hidden=recipe.noise_hidden,
-                           last_activation=recipe.noise_last_activation)
+    return text_prototypes(
+        clip,
+        class_names,
+        recipe.prompt,
+        noise=recipe.noise,
+        neighbours=recipe.neighbours or None,
+        seed=recipe.noise_seed if recipe.noise_seed >= 0 else seed,
+        layers=recipe.noise_layers,
+        hidden=recipe.noise_hidden,
+        last_activation=recipe.noise_last_activation,
+    )
 
 # %% ../nbs/09b_eyes.ipynb #6938ee24
 def eyes_of(recipe, clip, tokens=False):  # -> `Eyes` without a bank
     "What CLIP is shown under `recipe`: the views, or the whole picture for its tokens"
     settings = view_settings(recipe, clip)
-    if not tokens: return Eyes(clip, settings, recipe.view_seed)
-    settings = replace(settings, grid=1, overlap=0., size=recipe.token_size or clip.image_size)
+    if not tokens:
+        return Eyes(clip, settings, recipe.view_seed)
+    settings = replace(settings, grid=1, overlap=0.0, size=recipe.token_size or clip.image_size)
     return TokenEyes(clip, settings, recipe.view_seed, None, recipe.token_rule, recipe.token_grid)
 
+
 def _pictures(data, ids):
-    "What the pictures of a split are, whatever their labels: a hash of own files; of a benchmark, which does not change, its names and truth"
+    "What the pictures of a split are, whatever their labels: a hash of own files; of a benchmark, its names and truth"
     what = data.pictures if data.own else replace(data, observed=np.zeros_like(data.observed)).fingerprint
-    return f'{what}-{hashlib.sha256(np.asarray(ids, "<i8").tobytes()).hexdigest()[:12]}'
+    return f"{what}-{hashlib.sha256(np.asarray(ids, '<i8').tobytes()).hexdigest()[:12]}"
+
 
 def bank_for(eyes, data, split, root=None):  # root: folder of banks; None = the usual one, False = no bank
     "The bank of what `eyes` sees of a split, or None where `root` is False"
     ids, clip = data.splits.get(split, np.empty(0, np.int64)), eyes.clip
-    if root is False or not len(ids): return None
+    if root is False or not len(ids):
+        return None
     shows, seed = eyes.shows, eyes.seed
-    if split != 'train': shows, seed = shows if shows == 'global' else shows | dict(augment='none'), None  # nothing is drawn
-    key = dict(pictures=_pictures(data, ids), split=split, clip=clip.name, weights=clip.weights_hash, precision=clip.precision,
-               arithmetic=arithmetic() if clip.device.type == 'cpu' else clip.device.type, views=shows, seed=seed)
+    if split != "train":
+        shows, seed = shows if shows == "global" else shows | dict(augment="none"), None  # nothing is drawn
+    key = dict(
+        pictures=_pictures(data, ids),
+        split=split,
+        clip=clip.name,
+        weights=clip.weights_hash,
+        precision=clip.precision,
+        arithmetic=arithmetic() if clip.device.type == "cpu" else clip.device.type,
+        views=shows,
+        seed=seed,
+    )
     return Bank.open(root, key, ids, *eyes.shape)
+
 
 def open_bank(data, split, clip, settings, seed, root=None):
     "The bank of the views that `settings` describes, of the global view where they are None"
     return bank_for(Eyes(clip, settings, seed), data, split, root)
 
+
 _BATCH = 64  # pictures that are decoded and encoded at a time
+
 
 @patch
 def over(self: Eyes, data, ids, epoch=0):  # yields (b, 1 + R, K) float16, of consecutive `ids`
@@ -148,10 +210,14 @@ def over(self: Eyes, data, ids, epoch=0):  # yields (b, 1 + R, K) float16, of co
     missing = ids if self.bank is None else self.bank.missing(epoch, ids)
     for images, where in image_loader(data, missing, _BATCH) if len(missing) else ():
         found = self.encode(images, where, epoch)
-        if self.bank is None: yield found
-        else: self.bank.put(epoch, where, found)
+        if self.bank is None:
+            yield found
+        else:
+            self.bank.put(epoch, where, found)
     if self.bank is not None:
-        for part in np.split(np.asarray(ids), range(_BATCH, len(ids), _BATCH)): yield self.bank.get(epoch, part)
+        for part in np.split(np.asarray(ids), range(_BATCH, len(ids), _BATCH)):
+            yield self.bank.get(epoch, part)
+
 
 @patch
 def split(self: Eyes, data, name, root=None, epoch=0):  # yields (b, 1 + R, K) float16
@@ -160,12 +226,15 @@ def split(self: Eyes, data, name, root=None, epoch=0):  # yields (b, 1 + R, K) f
     ids = data.splits.get(name, np.empty(0, np.int64))
     yield from self.over(data, ids, epoch) if len(ids) else ()
 
-def embeddings(data: LabelledImages,
-               split,           # 'train', 'val' or 'test'
-               recipe,          # which CLIP, which views
-               device='cpu',
-               bank_root=None,  # folder of banks; None = the usual one, False = no bank
-               epoch=0):        # 0: evaluation views; of the training split also the views of an epoch from 1
+
+def embeddings(
+    data: LabelledImages,
+    split,  # 'train', 'val' or 'test'
+    recipe,  # which CLIP, which views
+    device="cpu",
+    bank_root=None,  # folder of banks; None = the usual one, False = no bank
+    epoch=0,
+):  # 0: evaluation views; of the training split also the views of an epoch from 1
     "View embeddings of a split (n, 1 + R, K), float16, unit norm, in the order of its ids, through its bank"
     eyes = eyes_of(recipe, clip_of(recipe, device))
     found = [e.cpu() for e in eyes.split(data, split, bank_root, epoch)]

@@ -24,46 +24,59 @@ from .views import evaluation_plan
 # %% ../nbs/10b_frozen.ipynb #22e4df36
 def pooled(views):  # (n, V, K) float16
     "What the head reads (n, 3 K), float16: global view, mean and maximum of the patches; of a single view that view"
-    if views.shape[1] == 1: return views[:, 0]
+    if views.shape[1] == 1:
+        return views[:, 0]
     patches = views[:, 1:].float()
     return torch.cat([views[:, 0], patches.mean(1).half(), patches.amax(1).half()], 1)
 
 # %% ../nbs/10b_frozen.ipynb #c2117206
 class Embedded(Sequence):
     "Pictures of which the embeddings are known; each is decoded when somebody looks at it"
+
     def __init__(self, embeddings, ids, pictures):  # (b, W), (b,) positions, `Images`
         self.embeddings, self.ids, self.pictures = embeddings, ids, pictures
 
-    def __len__(self): return len(self.ids)
+    def __len__(self):
+        return len(self.ids)
 
     def __getitem__(self, i):  # -> (3, H, W) uint8, of a slice a list
-        if isinstance(i, slice): return [self[j] for j in range(*i.indices(len(self)))]
+        if isinstance(i, slice):
+            return [self[j] for j in range(*i.indices(len(self)))]
         return self.pictures[int(self.ids[i])][0]
+
 
 class Embeddings:
     "The embeddings of a data set in any order, through the banks: for a head what `train.Pictures` is for a student"
-    def __init__(self, data,   # `LabelledImages`
-                 recipe,       # which CLIP and views, or which imported features
-                 device='cpu',
-                 bank_root=None):  # folder of banks; None = the usual one, False = no bank
+
+    def __init__(
+        self,
+        data,  # `LabelledImages`
+        recipe,  # which CLIP and views, or which imported features
+        device="cpu",
+        bank_root=None,
+    ):  # folder of banks; None = the usual one, False = no bank
         self.data, self.recipe, self.device, self.root = data, recipe, device, bank_root
         self.pictures, self.tables = Images(data.paths), {}
         self.eyes = None if recipe.features else eyes_of(recipe, clip_of(recipe, device))
         self.bank = imported(recipe.features, data, bank_root or None) if recipe.features else None
         self.names = list(data.splits)
         self.split, self.row = np.full(len(data), -1), np.full(len(data), -1)
-        for number, ids in enumerate(data.splits.values()): self.split[ids], self.row[ids] = number, np.arange(len(ids))
+        for number, ids in enumerate(data.splits.values()):
+            self.split[ids], self.row[ids] = number, np.arange(len(ids))
 
     def _parts(self, split, epoch):  # yields (b, V, K) float16, of consecutive pictures of the split
         ids = self.data.splits[split]
-        if self.bank: yield from (self.bank.get(0, part) for part in np.array_split(ids, max(len(ids) // 256, 1)))
-        else: yield from self.eyes.split(self.data, split, self.root, epoch)
+        if self.bank:
+            yield from (self.bank.get(0, part) for part in np.array_split(ids, max(len(ids) // 256, 1)))
+        else:
+            yield from self.eyes.split(self.data, split, self.root, epoch)
 
     def table(self, split, epoch):  # -> (n, W) float16, of the whole split
         "The rows of a split in an epoch; 0: evaluation views"
         key = split, 0 if self.bank else epoch and turn(epoch, self.recipe.view_epochs)
         if key not in self.tables:
-            if not self.recipe.view_epochs: self.tables = {k: v for k, v in self.tables.items() if not k[1]}  # they never come back
+            if not self.recipe.view_epochs:
+                self.tables = {k: v for k, v in self.tables.items() if not k[1]}  # they never come back
             self.tables[key] = torch.cat([pooled(e) for e in self._parts(*key)]).to(self.device)
         return self.tables[key]
 
@@ -74,114 +87,172 @@ class Embeddings:
     def moments(self):  # -> mean (W,), deviation (W,), float32
         "Of the training rows of all epochs that come in turn"
         epochs = range(1, max(self.recipe.view_epochs, 1) + 1)
-        var, mean = map(torch.stack, zip(*(torch.var_mean(self.table('train', e).float(), 0, correction=0) for e in epochs)))
+        var, mean = map(
+            torch.stack, zip(*(torch.var_mean(self.table("train", e).float(), 0, correction=0) for e in epochs))
+        )
         return mean.mean(0), (var.mean(0) + mean.var(0, correction=0)).sqrt().clamp(min=1e-6)
 
-    def parts(self, ids, size, side=None): return np.split(np.asarray(ids, np.int64), range(size, len(ids), size)) if len(ids) else []
+    def parts(self, ids, size, side=None):
+        return np.split(np.asarray(ids, np.int64), range(size, len(ids), size)) if len(ids) else []
 
-    def batches(self, parts,  # of (b,) positions in the data set, one array a batch
-                epoch=0,      # from 1: the training views of that epoch; 0: evaluation views
-                side=None):   # of pictures, which are not decoded here
+    def batches(
+        self,
+        parts,  # of (b,) positions in the data set, one array a batch
+        epoch=0,  # from 1: the training views of that epoch; 0: evaluation views
+        side=None,
+    ):  # of pictures, which are not decoded here
         "The pictures of each part, in order: yields (`Embedded`, (b,) positions)"
         for part in parts:
             ids = np.asarray(part)
             yield Embedded(self._rows(ids, epoch), ids, self.pictures), part
 
     def _rows(self, ids, epoch):
-        if epoch: return self.table('train', epoch)[torch.from_numpy(self.row[ids])]
+        if epoch:
+            return self.table("train", epoch)[torch.from_numpy(self.row[ids])]
         numbers = self.split[ids]
         found = [(numbers == n, self.table(self.names[n], 0)) for n in np.unique(numbers)]
         out = torch.empty(len(ids), found[0][1].shape[1], dtype=torch.float16, device=self.device)
-        for where, table in found: out[torch.from_numpy(where)] = table[torch.from_numpy(self.row[ids[where]])]
+        for where, table in found:
+            out[torch.from_numpy(where)] = table[torch.from_numpy(self.row[ids[where]])]
         return out
 
 # %% ../nbs/10b_frozen.ipynb #5781fc19
 def _features(path, ids):  # -> rows (n, K) or (n, V, K), ids as given or None
     "What a file of features holds"
     try:
-        if path.suffix == '.npy': return np.load(path, mmap_mode='r', allow_pickle=False), ids
-        if path.suffix == '.safetensors':
-            with safe_open(path, 'np') as file:
-                if 'features' not in file.keys(): raise AevlpError(f"{path}: no tensor is called 'features', only {', '.join(list(file.keys())[:3]) or 'none'}.")
-                own = file.get_tensor('ids') if 'ids' in file.keys() else json.loads((file.metadata() or {}).get('ids', 'null'))
-                return file.get_tensor('features'), own if ids is None else ids
+        if path.suffix == ".npy":
+            return np.load(path, mmap_mode="r", allow_pickle=False), ids
+        if path.suffix == ".safetensors":
+            with safe_open(path, "np") as file:
+                if "features" not in file.keys():
+                    raise AevlpError(
+                        f"{path}: no tensor is called 'features', only {', '.join(list(file.keys())[:3]) or 'none'}."
+                    )
+                own = (
+                    file.get_tensor("ids")
+                    if "ids" in file.keys()
+                    else json.loads((file.metadata() or {}).get("ids", "null"))
+                )
+                return file.get_tensor("features"), own if ids is None else ids
     except (OSError, ValueError, SafetensorError) as e:
-        if isinstance(e, AevlpError): raise
-        raise AevlpError(f'{path}: cannot be read as features ({e}).') from e
-    raise AevlpError(f'{path}: features should be a .npy or a .safetensors file.')
+        if isinstance(e, AevlpError):
+            raise
+        raise AevlpError(f"{path}: cannot be read as features ({e}).") from e
+    raise AevlpError(f"{path}: features should be a .npy or a .safetensors file.")
+
 
 def _ids(path):
     "Ids from a file: .npy, or text with one a line"
     path = Path(path)
-    try: return np.load(path, allow_pickle=False) if path.suffix == '.npy' else path.read_text(encoding='utf-8').splitlines()
-    except (OSError, ValueError) as e: raise AevlpError(f'{path}: cannot be read as ids, .npy or one a line ({e}).') from e
+    try:
+        return (
+            np.load(path, allow_pickle=False)
+            if path.suffix == ".npy"
+            else path.read_text(encoding="utf-8").splitlines()
+        )
+    except (OSError, ValueError) as e:
+        raise AevlpError(f"{path}: cannot be read as ids, .npy or one a line ({e}).") from e
 
-def _needed(data): return np.unique(np.concatenate([np.empty(0, np.int64), *data.splits.values()]))
+
+def _needed(data):
+    return np.unique(np.concatenate([np.empty(0, np.int64), *data.splits.values()]))
+
 
 def _names(data):  # -> three lists: paths below the common folder, file names, file names without ending
     root = _root(data.paths)
-    below = [str(p)[len(root):].lstrip('/') for p in data.paths]
+    below = [str(p)[len(root) :].lstrip("/") for p in data.paths]
     return below, [Path(p).name for p in below], [Path(p).stem for p in below]
+
 
 def _row_of(ids, data, path):  # -> {position in the data set: row of the features}
     "Which row belongs to which picture"
     ids, needed = np.asarray(ids), _needed(data)
-    if ids.dtype.kind in 'iu': kinds = [range(len(data))]
-    else: ids, kinds = ids.astype(str), _names(data)
+    if ids.dtype.kind in "iu":
+        kinds = [range(len(data))]
+    else:
+        ids, kinds = ids.astype(str), _names(data)
     for names in kinds:
         rows = {name: row for row, name in enumerate(ids.tolist())}
         found = {int(i): rows[names[i]] for i in needed if names[i] in rows}
-        if len(found) == len(needed) and len({names[i] for i in needed}) == len(needed) and len(rows) == len(ids): return found
+        if len(found) == len(needed) and len({names[i] for i in needed}) == len(needed) and len(rows) == len(ids):
+            return found
     lacking = [i for i in needed if kinds[-1][i] not in rows]
-    if not lacking: raise AevlpError(f'{path}: ids are given twice, or are those of several pictures; use positions in the data set or paths below {_root(data.paths)}.')
-    raise AevlpError(f'{path}: no features for {len(lacking):,} of {len(needed):,} pictures, as {Path(data.paths[lacking[0]]).name}; '
-                     'ids are positions in the data set, or names of its pictures.')
+    if not lacking:
+        raise AevlpError(
+            f"{path}: ids are given twice, or are those of several pictures; use positions in the data set or paths "
+            f"below {_root(data.paths)}."
+        )
+    raise AevlpError(
+        f"{path}: no features for {len(lacking):,} of {len(needed):,} pictures, as "
+        f"{Path(data.paths[lacking[0]]).name}; "
+        "ids are positions in the data set, or names of its pictures."
+    )
 
 # %% ../nbs/10b_frozen.ipynb #bbd1cbbe
 def _of(data):
     "What a bank of imported features belongs to: pictures by name, whatever is observed of their labels"
-    digest = hashlib.sha256('\n'.join(_names(data)[0]).encode(errors='surrogateescape'))
-    digest.update(_needed(data).astype('<i8').tobytes())
+    digest = hashlib.sha256("\n".join(_names(data)[0]).encode(errors="surrogateescape"))
+    digest.update(_needed(data).astype("<i8").tobytes())
     return digest.hexdigest()[:16]
 
-def import_features(file,       # .npy or .safetensors
-                    data: LabelledImages,  # the pictures that the features are of
-                    ids=None,   # of the rows: a list, or a .npy or text file; None: those in the file, else positions 0, 1, ...
-                    root=None): # folder of banks; None = the usual one
+
+def import_features(
+    file,  # .npy or .safetensors
+    data: LabelledImages,  # the pictures that the features are of
+    ids=None,  # of the rows: a list, or a .npy or text file; None: those in the file, else positions 0, 1, ...
+    root=None,
+):  # folder of banks; None = the usual one
     "A bank of features computed elsewhere: its name is for `features=NAME`"
     path, needed = Path(file), _needed(data)
     rows, own = _features(path, _ids(ids) if isinstance(ids, (str, Path)) else ids)
-    if rows.ndim not in (2, 3) or rows.dtype.kind not in 'fiu' or not len(rows):
-        raise AevlpError(f'{path}: features should be numbers (n, K) or (n, V, K), not {rows.dtype} {rows.shape}.')
+    if rows.ndim not in (2, 3) or rows.dtype.kind not in "fiu" or not len(rows):
+        raise AevlpError(f"{path}: features should be numbers (n, K) or (n, V, K), not {rows.dtype} {rows.shape}.")
     own = np.arange(len(rows)) if own is None else own
-    if len(own) != len(rows): raise AevlpError(f'{path}: {len(rows):,} rows of features have {len(own):,} ids.')
+    if len(own) != len(rows):
+        raise AevlpError(f"{path}: {len(rows):,} rows of features have {len(own):,} ids.")
     row_of, digest = _row_of(own, data, path), hashlib.sha256()
     order = np.array([row_of[int(i)] for i in needed])
     views, width = (1, rows.shape[1]) if rows.ndim == 2 else rows.shape[1:]
-    parts = lambda: (np.asarray(rows[part], np.float32).reshape(len(part), views, width).astype(np.float16) for part in np.array_split(order, len(order) // 1024 + 1))
-    with np.errstate(over='ignore'):
+
+    def parts():
+        return (
+            np.asarray(rows[part], np.float32).reshape(len(part), views, width).astype(np.float16)
+            for part in np.array_split(order, len(order) // 1024 + 1)
+        )
+
+    with np.errstate(over="ignore"):
         for part in parts():
-            if not np.isfinite(part).all(): raise AevlpError(f'{path}: holds numbers that are not finite, or above 65,504; scale them first.')
+            if not np.isfinite(part).all():
+                raise AevlpError(f"{path}: holds numbers that are not finite, or above 65,504; scale them first.")
             digest.update(part.tobytes())
-        key = dict(clip=path.name, split='all', features=digest.hexdigest()[:16], pictures=_of(data))
+        key = dict(clip=path.name, split="all", features=digest.hexdigest()[:16], pictures=_of(data))
         bank, at = Bank.open(root, key, needed, views, width), 0
         for part in parts():
-            bank.put(0, needed[at:at + len(part)], torch.from_numpy(part))
+            bank.put(0, needed[at : at + len(part)], torch.from_numpy(part))
             at += len(part)
     return bank
+
 
 def imported(name, data, root=None) -> Bank:
     "The bank of imported features of that name, if it is of these pictures"
     folder = _folder(name, root)
-    manifest = _read_json(folder / 'manifest.json')
-    if 'features' not in manifest['key']: raise AevlpError(f"bank {name} holds CLIP's views, not imported features; leave features= out to train on CLIP's.")
-    if manifest['key']['pictures'] != _of(data): raise AevlpError(f'bank {name} holds the features of other pictures than those of {data.name}; import them again for this data set.')
-    return Bank(folder, _needed(data), manifest['views'], manifest['width'])
+    manifest = _read_json(folder / "manifest.json")
+    if "features" not in manifest["key"]:
+        raise AevlpError(
+            f"bank {name} holds CLIP's views, not imported features; leave features= out to train on CLIP's."
+        )
+    if manifest["key"]["pictures"] != _of(data):
+        raise AevlpError(
+            f"bank {name} holds the features of other pictures than those of {data.name}; import them again for this "
+            "data set."
+        )
+    return Bank(folder, _needed(data), manifest["views"], manifest["width"])
 
 # %% ../nbs/10b_frozen.ipynb #83b1a1ff
 class Whole(nn.Module):
     "Image tower and head as one model: evaluation views (B, V, 3, S, S), normalised, to logits (B, C)"
-    def __init__(self, tower, net): # of a CLIP, a `Classifier` with a frozen backbone
+
+    def __init__(self, tower, net):  # of a CLIP, a `Classifier` with a frozen backbone
         super().__init__()
         self.tower, self.net = tower, net
 
@@ -189,13 +260,22 @@ class Whole(nn.Module):
         e = nn.functional.normalize(self.tower(views.flatten(0, 1)).float(), dim=-1).unflatten(0, (-1, views.shape[1]))
         return self.net(torch.cat([e[:, 0], e[:, 1:].mean(1), e[:, 1:].amax(1)], 1))
 
-def whole(net,     # a `Classifier` with a frozen backbone
-          recipe): # of its run
+
+def whole(
+    net,  # a `Classifier` with a frozen backbone
+    recipe,
+):  # of its run
     "A model that needs no bank, and what it wants: (module, shape of an input, facts)"
-    if recipe.features: return net, (len(net.backbone.mean),), dict(features=recipe.features)
+    if recipe.features:
+        return net, (len(net.backbone.mean),), dict(features=recipe.features)
     clip = clip_of(recipe)
     settings, size = view_settings(recipe, clip), clip.image_size
     boxes = evaluation_plan([(10000, 10000)], settings).boxes[0].double() / 10000
-    facts = dict(views=boxes.tolist(), view='left, top, right, bottom as fractions of the picture; the first is the whole picture',
-                 squash_to=size, mean=list(map(float, settings.mean)), std=list(map(float, settings.std)))
+    facts = dict(
+        views=boxes.tolist(),
+        view="left, top, right, bottom as fractions of the picture; the first is the whole picture",
+        squash_to=size,
+        mean=list(map(float, settings.mean)),
+        std=list(map(float, settings.std)),
+    )
     return Whole(clip.model.visual, net).eval(), (settings.views, 3, size, size), facts

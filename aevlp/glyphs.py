@@ -13,7 +13,7 @@ import io
 import os
 import re
 import uuid
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,16 +29,37 @@ from .data import AevlpError, LabelledImages, home, progress, sample_single_posi
 # %% ../nbs/05_glyphs.ipynb #c7f5df51
 FONT = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
 GLYPHS = dict(
-    airplane="✈", anchor="⚓", castle="♜", cat="🐱", cloud="☁", cow="🐮", crown="♛", cup="☕", envelope="✉", flower="✿", gear="⚙",
-    heart="♥", horse="♞", keyboard="⌨", monkey="🐵", pencil="✎", scissors="✂", skull="☠", snowflake="❄", snowman="☃", star="★",
-    sun="☀", telephone="☎", umbrella="☂",
+    airplane="✈",
+    anchor="⚓",
+    castle="♜",
+    cat="🐱",
+    cloud="☁",
+    cow="🐮",
+    crown="♛",
+    cup="☕",
+    envelope="✉",
+    flower="✿",
+    gear="⚙",
+    heart="♥",
+    horse="♞",
+    keyboard="⌨",
+    monkey="🐵",
+    pencil="✎",
+    scissors="✂",
+    skull="☠",
+    snowflake="❄",
+    snowman="☃",
+    star="★",
+    sun="☀",
+    telephone="☎",
+    umbrella="☂",
 )
 CLASS_NAMES = tuple(GLYPHS)
 LETTERS = {c: c for c in "ABCDEFGHJKLMNPQRSTUVWXYZabdefghkmnqrt23456789&?@#ΔΣΨΩЖЯ"}  # what the classifier saw before
 SIDE = 112  # pixels of a scene, height and width
 
 # %% ../nbs/05_glyphs.ipynb #1a27deac
-@lru_cache(maxsize=None)
+@cache
 def _template(char, side=160):
     "The shape with its longer edge at `side` pixels, thin lines made bolder."
     stroke = {"☕": 4, "☃": 2}.get(char, 1)
@@ -129,9 +150,14 @@ def _clutter(rng, image, light):
 
 # %% ../nbs/05_glyphs.ipynb #639600aa
 THEMES = {
-    "airplane cloud sun star": 6, "keyboard telephone envelope pencil scissors cup": 6, "cow cat horse flower sun": 5,
-    "castle crown horse heart": 4, "anchor skull cloud sun": 3, "snowman snowflake cup umbrella": 3,
-    "monkey cat heart star": 2, "gear scissors telephone pencil": 2,
+    "airplane cloud sun star": 6,
+    "keyboard telephone envelope pencil scissors cup": 6,
+    "cow cat horse flower sun": 5,
+    "castle crown horse heart": 4,
+    "anchor skull cloud sun": 3,
+    "snowman snowflake cup umbrella": 3,
+    "monkey cat heart star": 2,
+    "gear scissors telephone pencil": 2,
 }  # things of a theme: its weight
 COUNTS = {1: 3, 2: 5, 3: 6, 4: 4, 5: 2}  # things in a scene: weight
 
@@ -226,7 +252,10 @@ def draw_scene(
     return Scene(image, things)
 
 # %% ../nbs/05_glyphs.ipynb #bc35989f
-SIZES = {"demo": (2500, 1000), "tiny": (60, 30)}  # scenes of the official training set (a fifth is for validation), of test
+SIZES = {
+    "demo": (2500, 1000),
+    "tiny": (60, 30),
+}  # scenes of the official training set (a fifth is for validation), of test
 VERSION = 1  # raised with every change of what is drawn
 _GROUP = 100
 
@@ -262,7 +291,8 @@ def _groups(folder, seed, counts):
         there |= {(stream, p.name) for p in (folder / stream).iterdir()}
     files = [folder / f"{s}-{indices[0]:05d}.npz" for s, indices in groups]
     todo = [
-        (s, indices) for (s, indices), file in zip(groups, files)
+        (s, indices)
+        for (s, indices), file in zip(groups, files)
         if not file.is_file() or any((s, f"{i:05d}.png") not in there for i in indices)
     ]
     for stream, indices in progress(todo, f"drawing {sum(counts.values())} scenes"):
@@ -284,8 +314,13 @@ def load(
     if size not in SIZES:
         raise AevlpError(f"glyphs come in the sizes {', '.join(SIZES)}, not {size!r}")
     folder = (home() / "glyphs" if root is None else Path(root).absolute()) / f"{size}-{seed}-v{VERSION}"
-    if root is not None and (other := next((p.name for p in _entries(root) if not re.fullmatch(r"[a-z]+-\d+-v\d+|\..*", p.name)), None)):
-        raise AevlpError(f"{root} holds {other}, which is none of the drawn scenes; for your own pictures give --dataset csv, else an empty folder")
+    if root is not None and (
+        other := next((p.name for p in _entries(root) if not re.fullmatch(r"[a-z]+-\d+-v\d+|\..*", p.name)), None)
+    ):
+        raise AevlpError(
+            f"{root} holds {other}, which is none of the drawn scenes; for your own pictures give --dataset csv, else "
+            "an empty folder"
+        )
     counts = dict(zip(("train", "test"), SIZES[size]))
     labels = [np.load(file, allow_pickle=False) for file in _groups(folder, seed, counts)]
     truth, area = (np.concatenate([group[key] for group in labels]) for key in ("truth", "area"))
@@ -311,8 +346,15 @@ STUDENT_NAME = "glyphnet"
 STUDENT_WEIGHTS = "glyphs_student.safetensors"  # in data/
 default_cfgs = {
     STUDENT_NAME: dict(
-        num_classes=len(LETTERS), input_size=(3, 64, 64), pool_size=(2, 2), crop_pct=1.0, interpolation="bilinear",
-        mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), first_conv="conv1", classifier="fc",
+        num_classes=len(LETTERS),
+        input_size=(3, 64, 64),
+        pool_size=(2, 2),
+        crop_pct=1.0,
+        interpolation="bilinear",
+        mean=(0.5, 0.5, 0.5),
+        std=(0.5, 0.5, 0.5),
+        first_conv="conv1",
+        classifier="fc",
     )
 }
 

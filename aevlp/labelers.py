@@ -25,22 +25,32 @@ from .vlm import similarities, text_prototypes
 @dataclass
 class Batch:
     "What a training step knows about its images"
-    ids: Tensor             # (B,) long, positions in the data set
-    rows: Tensor            # (B,) long, positions in the training split
-    images: list            # B uint8 tensors (3, H, W)
-    observed: Tensor        # (B, C) int8: 1 positive, -1 negative, 0 unknown
-    logits: Tensor = None   # (B, C) of the classifier, detached; only where a labeler asks for them
+
+    ids: Tensor  # (B,) long, positions in the data set
+    rows: Tensor  # (B,) long, positions in the training split
+    images: list  # B uint8 tensors (3, H, W)
+    observed: Tensor  # (B, C) int8: 1 positive, -1 negative, 0 unknown
+    logits: Tensor = None  # (B, C) of the classifier, detached; only where a labeler asks for them
+
 
 class Labeler:
     "No pseudo-labels; what the others build on"
+
     needs_logits = False
-    def labels(self, batch, epoch): return torch.zeros_like(batch.observed)  # epoch from 1
-    def state_dict(self): return {}
-    def load_state_dict(self, state): pass
+
+    def labels(self, batch, epoch):
+        return torch.zeros_like(batch.observed)  # epoch from 1
+
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state):
+        pass
 
 # %% ../nbs/10_labelers.ipynb #3a438ffa
 class RandomLabeler(Labeler):
     "Random unknown classes as positives, the same in every epoch"
+
     def __init__(self, positives, seed):  # mean number per image, seed
         self.positives, self.seed = positives, seed
 
@@ -60,111 +70,160 @@ def large_loss_count(shape, epoch, delta):
     "How many labels LL-R and LL-Ct treat as missed in epoch `epoch`; `delta` in percent per epoch"
     return min(math.ceil(round(math.prod(shape) * (epoch - 1) * delta / 100, 9)), math.prod(shape))
 
+
 class LargeLossLabeler(Labeler):
     "The unknown labels with the largest losses as positives"
+
     needs_logits = True
-    def __init__(self, delta): self.delta = delta  # percent per epoch
+
+    def __init__(self, delta):
+        self.delta = delta  # percent per epoch
 
     def labels(self, batch, epoch):
         k = large_loss_count(batch.observed.shape, epoch, self.delta)
-        if not k: return torch.zeros_like(batch.observed)
+        if not k:
+            return torch.zeros_like(batch.observed)
         return large_loss_mask(batch.logits, batch.observed, k).to(torch.int8)
 
 # %% ../nbs/10_labelers.ipynb #5bd0084d
 class DampLabeler(Labeler):
     "DAMP: dynamic labels from a global view and local ones: augmented patches, or the tokens of one pass"
+
     def __init__(self, eyes, prototypes, recipe, temperature=None):  # default that of the recipe
-        self.eyes, self.prototypes, self.recipe, self.temperature = eyes, prototypes, recipe, temperature or recipe.temperature
+        self.eyes, self.prototypes, self.recipe, self.temperature = (
+            eyes,
+            prototypes,
+            recipe,
+            temperature or recipe.temperature,
+        )
 
     def scores(self, batch, epoch):  # -> `DampScores`
         "Everything that DAMP computes for a batch, labels included"
         r = self.recipe
         probs = similarities(self.eyes(batch, epoch), self.prototypes, self.temperature).to(batch.observed.device)
-        return damp(probs, batch.observed, local_threshold=r.local_threshold, global_threshold=r.global_threshold, top_k=r.top_k,
-                    negative_ratio=r.negative_ratio, strict=r.strict_local, rule=r.negative_rule, negatives_as=r.negatives_as)
+        return damp(
+            probs,
+            batch.observed,
+            local_threshold=r.local_threshold,
+            global_threshold=r.global_threshold,
+            top_k=r.top_k,
+            negative_ratio=r.negative_ratio,
+            strict=r.strict_local,
+            rule=r.negative_rule,
+            negatives_as=r.negatives_as,
+        )
 
-    def labels(self, batch, epoch): return self.scores(batch, epoch).pseudo.to(torch.int8)
+    def labels(self, batch, epoch):
+        return self.scores(batch, epoch).pseudo.to(torch.int8)
+
 
 class PiaaLabeler(Labeler):
     "DAMP's rules on PIAA's scores: the best classes above a threshold, the worst as negatives"
-    def __init__(self, scorer, recipe): self.scorer, self.eyes, self.recipe = scorer, scorer.eyes, recipe
+
+    def __init__(self, scorer, recipe):
+        self.scorer, self.eyes, self.recipe = scorer, scorer.eyes, recipe
 
     def labels(self, batch, epoch):
         final, r = self.scorer.read(self.eyes(batch, epoch)).to(batch.observed.device), self.recipe
         pseudo = positives(final, r.top_k, r.global_threshold).to(torch.int8)
         return pseudo.masked_fill(negatives(final, r.negative_ratio, r.negative_rule), r.negatives_as)
 
+
 class VlplLabeler(Labeler):
     "VLPL: every class above a threshold in the global view"
-    def __init__(self, eyes, prototypes, recipe): self.eyes, self.prototypes, self.recipe = eyes, prototypes, recipe
+
+    def __init__(self, eyes, prototypes, recipe):
+        self.eyes, self.prototypes, self.recipe = eyes, prototypes, recipe
 
     def labels(self, batch, epoch):
         probs = similarities(self.eyes(batch, 1)[:, 0], self.prototypes, self.recipe.vlpl_temperature)
         return (probs > self.recipe.vlpl_threshold).to(torch.int8).to(batch.observed.device)
 
+
 class Fixed(Labeler):
     "The labels that another labeler gives in the first epochs, in turn for ever"
+
     def __init__(self, labeler, n_images, n_classes, epochs=1):
         self.labeler, self.epochs = labeler, epochs
-        self.table, self.known = torch.zeros((epochs, n_images, n_classes), dtype=torch.int8), torch.zeros((epochs, n_images), dtype=torch.bool)
+        self.table, self.known = (
+            torch.zeros((epochs, n_images, n_classes), dtype=torch.int8),
+            torch.zeros((epochs, n_images), dtype=torch.bool),
+        )
 
     def labels(self, batch, epoch):
         rows, epoch = batch.rows.cpu(), turn(epoch, self.epochs)
         table, known = self.table[epoch - 1], self.known[epoch - 1]
-        if not known[rows].all(): table[rows], known[rows] = self.labeler.labels(batch, epoch).cpu(), True
+        if not known[rows].all():
+            table[rows], known[rows] = self.labeler.labels(batch, epoch).cpu(), True
         return table[rows].to(batch.observed.device)
 
-    def state_dict(self): return dict(table=self.table.clone(), known=self.known.clone())
-    def load_state_dict(self, state): self.table, self.known = state['table'].clone(), state['known'].clone()
+    def state_dict(self):
+        return dict(table=self.table.clone(), known=self.known.clone())
+
+    def load_state_dict(self, state):
+        self.table, self.known = state["table"].clone(), state["known"].clone()
 
 # %% ../nbs/10_labelers.ipynb #5b0d8f83
 def _damp_labeler(data, recipe, seed, device, root):
     clip = clip_of(recipe, device)
     settings = view_settings(recipe, clip)
-    eyes = Eyes(clip, settings, recipe.view_seed, open_bank(data, 'train', clip, settings, recipe.view_seed, root))
+    eyes = Eyes(clip, settings, recipe.view_seed, open_bank(data, "train", clip, settings, recipe.view_seed, root))
     return DampLabeler(eyes, prototypes(recipe, clip, data.class_names, seed), recipe)
+
 
 def _tokens_labeler(data, recipe, seed, device, root):
     clip = clip_of(recipe, device)
     eyes = eyes_of(recipe, clip, tokens=True)
-    eyes.bank = bank_for(eyes, data, 'train', root)
+    eyes.bank = bank_for(eyes, data, "train", root)
     return DampLabeler(eyes, prototypes(recipe, clip, data.class_names, seed), recipe, recipe.token_temperature)
 
+
 def _piaa_labeler(data, recipe, seed, device, root):
-    scorer = build_scorer('clip-piaa', data.class_names, recipe, device).fit(data, root)
-    scorer.eyes.bank = bank_for(scorer.eyes, data, 'train', root)
+    scorer = build_scorer("clip-piaa", data.class_names, recipe, device).fit(data, root)
+    scorer.eyes.bank = bank_for(scorer.eyes, data, "train", root)
     return PiaaLabeler(scorer, recipe)
+
 
 def _vlpl_labeler(data, recipe, seed, device, root):
     clip = clip_of(replace(recipe, clip=recipe.vlpl_clip, clip_weights=recipe.vlpl_clip_weights), device)
-    eyes = Eyes(clip, None, 0, open_bank(data, 'train', clip, None, 0, root))
+    eyes = Eyes(clip, None, 0, open_bank(data, "train", clip, None, 0, root))
     return VlplLabeler(eyes, text_prototypes(clip, data.class_names, recipe.prompt, noise=False), recipe)
 
-def _fixed(labeler, data, epochs=1): return Fixed(labeler, len(data.splits['train']), len(data.class_names), epochs)
+
+def _fixed(labeler, data, epochs=1):
+    return Fixed(labeler, len(data.splits["train"]), len(data.class_names), epochs)
+
 
 def _dynamic(make):
     "Labels that change with the views: new ones in every epoch, or those of some epochs in turn"
+
     def made(data, recipe, *rest):
         labeler = make(data, recipe, *rest)
         return _fixed(labeler, data, recipe.view_epochs) if recipe.view_epochs else labeler
+
     return made
 
-LABELERS = {  # name -> function of (data, recipe, seed, device, bank_root) that gives a `Labeler`; your own goes here too
-    'none': lambda *_: Labeler(),
-    'damp': _dynamic(_damp_labeler),
-    'tokens': _dynamic(_tokens_labeler),  # DAMP on the dense tokens of one pass
-    'piaa': _dynamic(_piaa_labeler),
-    'fixed-damp': lambda data, *rest: _fixed(_damp_labeler(data, *rest), data),  # the labels of epoch 1, kept
-    'vlpl': lambda data, *rest: _fixed(_vlpl_labeler(data, *rest), data),
-    'random': lambda data, recipe, seed, *_: _fixed(RandomLabeler(recipe.random_positives, seed), data),
-    'll-ct': lambda data, recipe, *_: LargeLossLabeler(recipe.ll_delta)}
 
-def build_labeler(name,            # a key of `LABELERS`
-                  data,            # `LabelledImages`
-                  recipe,
-                  seed=0,          # of the run
-                  device='cpu',    # CLIP's
-                  bank_root=None): # folder of banks; None = the usual one, False = no bank
+LABELERS = {  # name -> function of (data, recipe, seed, device, bank_root); your own goes here too
+    "none": lambda *_: Labeler(),
+    "damp": _dynamic(_damp_labeler),
+    "tokens": _dynamic(_tokens_labeler),  # DAMP on the dense tokens of one pass
+    "piaa": _dynamic(_piaa_labeler),
+    "fixed-damp": lambda data, *rest: _fixed(_damp_labeler(data, *rest), data),  # the labels of epoch 1, kept
+    "vlpl": lambda data, *rest: _fixed(_vlpl_labeler(data, *rest), data),
+    "random": lambda data, recipe, seed, *_: _fixed(RandomLabeler(recipe.random_positives, seed), data),
+    "ll-ct": lambda data, recipe, *_: LargeLossLabeler(recipe.ll_delta),
+}
+
+
+def build_labeler(
+    name,  # a key of `LABELERS`
+    data,  # `LabelledImages`
+    recipe,
+    seed=0,  # of the run
+    device="cpu",  # CLIP's
+    bank_root=None,
+):  # folder of banks; None = the usual one, False = no bank
     "The labeler of a run on `data`'s training split"
     if name not in LABELERS:
         raise AevlpError(f"no labeler is called '{name}'; the nearest is '{nearest(name, LABELERS)}'.")

@@ -56,7 +56,9 @@ def _given(scores, observed):
     "Both as arrays; rows with a given label only."
     scores, observed = np.asarray(scores, dtype=np.float64), np.asarray(observed) == 1
     if scores.shape != observed.shape:
-        raise AevlpError(f"scores of shape {scores.shape} and given labels of shape {observed.shape} should be of one shape")
+        raise AevlpError(
+            f"scores of shape {scores.shape} and given labels of shape {observed.shape} should be of one shape"
+        )
     if not observed.any():
         raise AevlpError("no label is given; a recall needs at least one")
     rows = observed.any(1)

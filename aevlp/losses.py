@@ -15,36 +15,43 @@ import torch.nn.functional as F
 from torch.distributions import Beta, kl_divergence
 
 # %% ../nbs/01_losses.ipynb #feed80b8
-def _wide(x): return x if x.dtype == torch.float64 else x.float()
+def _wide(x):
+    return x if x.dtype == torch.float64 else x.float()
 
-def _nl(logits, epsilon=0.):
+
+def _nl(logits, epsilon=0.0):
     "-log p and -log(1 - p); with `epsilon` inside the logarithms, as the released codes have them"
     logits = _wide(logits)
-    if not epsilon: return -F.logsigmoid(logits), -F.logsigmoid(-logits)
+    if not epsilon:
+        return -F.logsigmoid(logits), -F.logsigmoid(-logits)
     return -(torch.sigmoid(logits) + epsilon).log(), -(torch.sigmoid(-logits) + epsilon).log()
 
+
 def _reduce(matrix, reduction):
-    if reduction == 'none': return matrix
-    if reduction == 'mean': return matrix.mean()
+    if reduction == "none":
+        return matrix
+    if reduction == "mean":
+        return matrix.mean()
     raise ValueError(f"reduction {reduction!r}: 'mean' or 'none'.")
 
 # %% ../nbs/01_losses.ipynb #0741bc01
 def bce(
     logits,  # (B, C)
     targets,  # (B, C) in [0, 1]
-    reduction='mean',  # 'mean' or 'none'
-    epsilon=0.,  # inside the logarithms; 0 = exact
+    reduction="mean",  # 'mean' or 'none'
+    epsilon=0.0,  # inside the logarithms; 0 = exact
 ):
     "Binary cross-entropy (section 3)"
     positive, negative = _nl(logits, epsilon)
     targets = targets.to(positive.dtype)
     return _reduce(targets * positive + (1 - targets) * negative, reduction)
 
+
 def an(
     logits,  # (B, C)
     observed,  # (B, C) in {-1, 0, 1}
-    reduction='mean',
-    epsilon=0.,  # see `bce`
+    reduction="mean",
+    epsilon=0.0,  # see `bce`
 ):
     "Assume negative: BCE with everything unobserved as negative"
     return bce(logits, observed == 1, reduction, epsilon)
@@ -54,24 +61,30 @@ def false_negative_rate(p, w, b):
     "k-hat: estimated probability that an unknown label is positive (section 4.1)"
     return torch.sigmoid(w * p + b)
 
+
 def unknown_weight(p, mu, sigma):
     "v2 = v3: weight of unknown labels and negative pseudo-labels (sections 4.1, 4.2)"
-    return torch.exp(-(p - mu) ** 2 / (2 * sigma ** 2))
+    return torch.exp(-((p - mu) ** 2) / (2 * sigma**2))
+
 
 def unknown_loss(logits, k, q1, q2):
     "L2: an unknown label, negative with probability 1 - k (section 4.1)"
     positive, negative = _nl(logits)
     return (1 - k) * -torch.expm1(-q1 * negative) / q1 + k * -torch.expm1(-q2 * positive) / q2
 
+
 def gr(
     logits,  # (B, C)
     observed,  # (B, C) in {-1, 0, 1}
     *,
-    q1, q2,  # exponents in (0, inf) of the negative and the false-negative part of L2
-    w, b,  # beta of this epoch: slope and offset of k-hat
-    mu, sigma,  # alpha of this epoch: centre and width of v
-    reduction='mean',
-    epsilon=0.,  # see `bce`; the powers of L2 have none
+    q1,
+    q2,  # exponents in (0, inf) of the negative and the false-negative part of L2
+    w,
+    b,  # beta of this epoch: slope and offset of k-hat
+    mu,
+    sigma,  # alpha of this epoch: centre and width of v
+    reduction="mean",
+    epsilon=0.0,  # see `bce`; the powers of L2 have none
 ):
     "GR loss (Eq. 1)"
     p = torch.sigmoid(_wide(logits.detach()))
@@ -83,24 +96,34 @@ def gr(
 def gr_schedule(
     epoch,  # 1 .. epochs
     epochs,  # E
-    w0, wT, b0, bT,  # beta at the start and the end
-    mu0, sigma0, muT, sigmaT,  # alpha at the start and the end
+    w0,
+    wT,
+    b0,
+    bT,  # beta at the start and the end
+    mu0,
+    sigma0,
+    muT,
+    sigmaT,  # alpha at the start and the end
     linear_init=0,  # first epochs that keep the start values
 ) -> dict:  # w, b, mu, sigma of the epoch
     "Parameters of k-hat and v in an epoch"
     length = max(epochs - linear_init, 1)
     r1, r2 = max(epoch - linear_init - 1, 0) / length, max(epoch - linear_init, 0) / length
-    return dict(w=w0 + (wT - w0) * r1, b=b0 + (bT - b0) * r1, mu=mu0 + (muT - mu0) * r2, sigma=sigma0 + (sigmaT - sigma0) * r2)
+    return dict(
+        w=w0 + (wT - w0) * r1, b=b0 + (bT - b0) * r1, mu=mu0 + (muT - mu0) * r2, sigma=sigma0 + (sigmaT - sigma0) * r2
+    )
 
 # %% ../nbs/01_losses.ipynb #79e122b2
 def positive_pseudo_weight(p, mu, sigma, lambda1, lambda2):
     "v4: weight of positive pseudo-labels, high where the model is far from mu (section 4.2)"
     return (1 - unknown_weight(p, mu, sigma)).clamp(lambda1, lambda2)
 
-def positive_pseudo_loss(logits, q3, epsilon=0.):
+
+def positive_pseudo_loss(logits, q3, epsilon=0.0):
     "L4: smoothed -log p of a positive pseudo-label (Eq. 3)"
     positive, negative = _nl(logits, epsilon)
     return (1 - q3) * negative + q3 * positive
+
 
 def expected_positive_regulariser(
     logits,  # (B, C)
@@ -109,35 +132,44 @@ def expected_positive_regulariser(
     "R = ((m-hat - m) / C)^2 with m-hat the mean number of predicted positives (Eqs. 4, 6)"
     return ((torch.sigmoid(_wide(logits)).sum(1).mean() - expected_positives) / logits.shape[1]) ** 2
 
+
 def gpr(
     logits,  # (B, C)
     observed,  # (B, C) in {-1, 0, 1}
     pseudo,  # (B, C) in {-1, 0, 1}
     *,
-    q1, q2, q3,  # exponents of L2; confidence in positive pseudo-labels, in [0, 1]
-    w, b, mu, sigma,  # beta and alpha of this epoch, see `gr_schedule`
-    lambda1, lambda2,  # bounds of v4
+    q1,
+    q2,
+    q3,  # exponents of L2; confidence in positive pseudo-labels, in [0, 1]
+    w,
+    b,
+    mu,
+    sigma,  # beta and alpha of this epoch, see `gr_schedule`
+    lambda1,
+    lambda2,  # bounds of v4
     eta,  # weight of R
     expected_positives,  # m of R
-    reduction='mean',  # 'none' leaves R out
-    epsilon=0.,  # see `gr`
+    reduction="mean",  # 'none' leaves R out
+    epsilon=0.0,  # see `gr`
 ):
     "GPR loss (Eq. 2); without pseudo-labels and with eta = 0 it is `gr`, bit for bit"
-    matrix = gr(logits, observed, q1=q1, q2=q2, w=w, b=b, mu=mu, sigma=sigma, reduction='none', epsilon=epsilon)
+    matrix = gr(logits, observed, q1=q1, q2=q2, w=w, b=b, mu=mu, sigma=sigma, reduction="none", epsilon=epsilon)
     p, unknown = torch.sigmoid(_wide(logits.detach())), observed == 0
     added = positive_pseudo_weight(p, mu, sigma, lambda1, lambda2) * positive_pseudo_loss(logits, q3, epsilon)
     removed = unknown_weight(p, mu, sigma) * _nl(logits, epsilon)[1]  # v3 L3
     matrix = torch.where(unknown & (pseudo == 1), added, torch.where(unknown & (pseudo == -1), removed, matrix))
     loss = _reduce(matrix, reduction)
-    return loss + eta * expected_positive_regulariser(logits, expected_positives) if eta and reduction == 'mean' else loss
+    return (
+        loss + eta * expected_positive_regulariser(logits, expected_positives) if eta and reduction == "mean" else loss
+    )
 
 # %% ../nbs/01_losses.ipynb #99749aeb
 def bce_pl(
     logits,  # (B, C)
     observed,  # (B, C) in {-1, 0, 1}
     pseudo,  # (B, C) in {-1, 0, 1}
-    reduction='mean',
-    epsilon=0.,  # see `bce`
+    reduction="mean",
+    epsilon=0.0,  # see `bce`
 ):
     "BCE with observed and pseudo-positives as positives, all else negative (Table 2)"
     return bce(logits, (observed == 1) | ((observed == 0) & (pseudo == 1)), reduction, epsilon)
@@ -146,46 +178,54 @@ def bce_pl(
 def an_ls(
     logits,  # (B, C)
     observed,  # (B, C) in {-1, 0, 1}
-    smoothing=.1,  # in [0, 0.5): targets are 1 - smoothing and smoothing
-    reduction='mean',
-    epsilon=0.,  # see `bce`
+    smoothing=0.1,  # in [0, 0.5): targets are 1 - smoothing and smoothing
+    reduction="mean",
+    epsilon=0.0,  # see `bce`
 ):
     "Assume negative with label smoothing"
     return bce(logits, torch.where(observed == 1, 1 - smoothing, smoothing), reduction, epsilon)
 
+
 def wan(
     logits,  # (B, C)
     observed,  # (B, C) in {-1, 0, 1}
-    reduction='mean',
-    epsilon=0.,  # see `bce`
+    reduction="mean",
+    epsilon=0.0,  # see `bce`
 ):
     "Weak assume negative: unknown labels weigh 1 / (C - 1)"
-    matrix = an(logits, observed, 'none', epsilon)
+    matrix = an(logits, observed, "none", epsilon)
     return _reduce(torch.where(observed == 0, matrix / max(logits.shape[1] - 1, 1), matrix), reduction)
+
 
 def epr(
     logits,  # (B, C)
     observed,  # (B, C) in {-1, 0, 1}
     expected_positives,  # m, positives per image
-    epsilon=0.,  # see `bce`
+    epsilon=0.0,  # see `bce`
 ):
     "Expected positive regularisation: observed labels, and R on all"
-    return (an(logits, observed, 'none', epsilon) * (observed != 0)).mean() + expected_positive_regulariser(logits, expected_positives)
+    return (an(logits, observed, "none", epsilon) * (observed != 0)).mean() + expected_positive_regulariser(
+        logits, expected_positives
+    )
 
 # %% ../nbs/01_losses.ipynb #b26a0534
 def _entropy(logits, epsilon):
     (positive, negative), p = _nl(logits, epsilon), torch.sigmoid(_wide(logits))
     return p * positive + (1 - p) * negative
 
+
 def em(
     logits,  # (B, C)
     observed,  # (B, C) in {-1, 0, 1}
     alpha,  # weight of the entropy
-    reduction='mean',
-    epsilon=0.,  # see `bce`
+    reduction="mean",
+    epsilon=0.0,  # see `bce`
 ):
     "Entropy maximisation on unknown labels"
-    return _reduce(torch.where(observed == 0, -alpha * _entropy(logits, epsilon), an(logits, observed, 'none', epsilon)), reduction)
+    return _reduce(
+        torch.where(observed == 0, -alpha * _entropy(logits, epsilon), an(logits, observed, "none", epsilon)), reduction
+    )
+
 
 def apl(
     logits,  # (B, C)
@@ -193,13 +233,14 @@ def apl(
     soft_negatives,  # (B, C) h in [0, 1], NaN where there is none
     alpha,  # weight of the entropy
     beta,  # weight of soft labels
-    reduction='mean',
-    epsilon=0.,  # see `bce`
+    reduction="mean",
+    epsilon=0.0,  # see `bce`
 ):
     "Entropy maximisation with asymmetric pseudo-labels"
     known = (observed == 0) & ~soft_negatives.isnan()
-    soft = beta * bce(logits, soft_negatives.nan_to_num(), 'none', epsilon)
-    return _reduce(torch.where(known, soft, em(logits, observed, alpha, 'none', epsilon)), reduction)
+    soft = beta * bce(logits, soft_negatives.nan_to_num(), "none", epsilon)
+    return _reduce(torch.where(known, soft, em(logits, observed, alpha, "none", epsilon)), reduction)
+
 
 def vlpl(
     logits,  # (B, C)
@@ -208,14 +249,16 @@ def vlpl(
     *,
     alpha,  # weight of the entropy
     beta_pos,  # weight of positive pseudo-labels
-    smoothing=.1,  # their target is 1 - smoothing
-    reduction='mean',
-    epsilon=0.,  # see `bce`
+    smoothing=0.1,  # their target is 1 - smoothing
+    reduction="mean",
+    epsilon=0.0,  # see `bce`
 ):
     "VLPL: entropy maximisation with smoothed positive pseudo-labels"
     added = beta_pos * positive_pseudo_loss(logits, 1 - smoothing, epsilon)
-    matrix, unknown = em(logits, observed, alpha, 'none', epsilon), observed == 0
-    return _reduce(torch.where(unknown & (pseudo == 1), added, matrix.masked_fill(unknown & (pseudo == -1), 0.)), reduction)
+    matrix, unknown = em(logits, observed, alpha, "none", epsilon), observed == 0
+    return _reduce(
+        torch.where(unknown & (pseudo == 1), added, matrix.masked_fill(unknown & (pseudo == -1), 0.0)), reduction
+    )
 
 # %% ../nbs/01_losses.ipynb #15692ea1
 def large_loss_mask(
@@ -225,22 +268,26 @@ def large_loss_mask(
 ):  # (B, C) bool
     "The unknown entries with the `k` largest assume-negative losses of the batch"
     unknown = observed == 0
-    if not k: return torch.zeros_like(unknown)
+    if not k:
+        return torch.zeros_like(unknown)
     losses = _nl(logits.detach())[1].masked_fill(~unknown, -torch.inf)
     return unknown & (losses >= losses.flatten().topk(min(k, losses.numel())).values[-1])
+
 
 def ll(
     logits,  # (B, C)
     observed,  # (B, C) in {-1, 0, 1}
     k,  # see `large_loss_mask`
-    scheme='r',  # 'r' rejects (loss 0), 'ct' corrects (loss -log p)
-    reduction='mean',
+    scheme="r",  # 'r' rejects (loss 0), 'ct' corrects (loss -log p)
+    reduction="mean",
 ):
     "Assume negative with large losses rejected or corrected"
-    if scheme not in ('r', 'ct'): raise ValueError(f"scheme {scheme!r}: 'r' or 'ct'.")
+    if scheme not in ("r", "ct"):
+        raise ValueError(f"scheme {scheme!r}: 'r' or 'ct'.")
     large = large_loss_mask(logits, observed, k)
-    if scheme == 'ct': return bce(logits, (observed == 1) | large, reduction)
-    return _reduce(an(logits, observed, 'none').masked_fill(large, 0.), reduction)
+    if scheme == "ct":
+        return bce(logits, (observed == 1) | large, reduction)
+    return _reduce(an(logits, observed, "none").masked_fill(large, 0.0), reduction)
 
 # %% ../nbs/01_losses.ipynb #87dfe053
 def role(
@@ -248,17 +295,22 @@ def role(
     theta,  # (B, C) logits of the estimated labels, rows of a trainable (N, C) table
     observed,  # (B, C) in {-1, 0, 1}
     expected_positives,  # m, positives per image
-    epsilon=0.,  # see `bce`; on both sets of logits
+    epsilon=0.0,  # see `bce`; on both sets of logits
 ):
     "Regularised online label estimation"
+
     def half(ours, other):
-        return epr(ours, observed, expected_positives, epsilon) + bce(ours, torch.sigmoid(_wide(other.detach())), epsilon=epsilon)
+        return epr(ours, observed, expected_positives, epsilon) + bce(
+            ours, torch.sigmoid(_wide(other.detach())), epsilon=epsilon
+        )
+
     return (half(logits, theta) + half(theta, logits)) / 2
 
 # %% ../nbs/01_losses.ipynb #13d2b380
 def _gaussian_kl(mu, log_std):
     mu, log_std = _wide(mu), _wide(log_std)
-    return ((mu ** 2 + (2 * log_std).exp() - 1) / 2 - log_std).mean()
+    return ((mu**2 + (2 * log_std).exp() - 1) / 2 - log_std).mean()
+
 
 def mime(
     logits,  # (B, C)
@@ -266,10 +318,11 @@ def mime(
     mu,  # (B, C, Z) means of the latents
     log_std,  # (B, C, Z) log of their deviations
     beta,  # weight of the bottleneck
-    epsilon=0.,  # see `bce`
+    epsilon=0.0,  # see `bce`
 ):
     "MIME: BCE with the grown labels, and an information bottleneck"
     return bce(logits, label_matrix, epsilon=epsilon) + beta * _gaussian_kl(mu, log_std)
+
 
 def smile(
     logits,  # (B, C)
@@ -279,15 +332,21 @@ def smile(
     mu,  # (B, Z) means of the latents
     log_std,  # (B, Z) log of their deviations
     *,
-    theta, a, b,  # weights: classifier on enhanced labels, classifier on observed, enhanced on observed
+    theta,
+    a,
+    b,  # weights: classifier on enhanced labels, classifier on observed, enhanced on observed
     kl,  # weight of both divergences
     enhanced=None,  # (B, C) labels in (0, 1); None draws them
-    epsilon=0.,  # see `bce`
+    epsilon=0.0,  # see `bce`
 ):
     "SMILE: classifier and enhanced labels teach each other"
     labels = Beta(_wide(concentration1), _wide(concentration0), validate_args=False)
     d = (labels.rsample() if enhanced is None else enhanced).clamp(1e-6, 1 - 1e-6)
     uniform = Beta(torch.ones_like(d), torch.ones_like(d), validate_args=False)
     divergences = _gaussian_kl(mu, log_std) + kl_divergence(labels, uniform).mean()
-    bces = bce(logits, d, epsilon=epsilon), an(logits, observed, epsilon=epsilon), an(torch.logit(d), observed, epsilon=epsilon)
+    bces = (
+        bce(logits, d, epsilon=epsilon),
+        an(logits, observed, epsilon=epsilon),
+        an(torch.logit(d), observed, epsilon=epsilon),
+    )
     return theta * bces[0] + a * bces[1] + b * bces[2] + kl * divergences

@@ -17,18 +17,23 @@ from . import losses
 from .data import AevlpError
 from .labelers import large_loss_count
 from .models import logits_of
-from .registry import METHODS, TABLE1, TABLE2, Method, get, unknown
+from .registry import METHODS, TABLE1, TABLE2, Method, get, unknown  # noqa: F401
 
 # %% ../nbs/12_methods.ipynb #aba74c8b
 class Objective:
     "A loss with what it remembers; a subclass names its tensors in `state`"
+
     state = ()
-    def __init__(self, recipe,     # the run's `Recipe`
-                 n_images,         # N of the training split
-                 n_classes,        # C
-                 observed,         # (N, C) int8, rows of the training split
-                 truth=None,       # (N, C) {0, 1}, only for `full`
-                 seed=0):          # of the run
+
+    def __init__(
+        self,
+        recipe,  # the run's `Recipe`
+        n_images,  # N of the training split
+        n_classes,  # C
+        observed,  # (N, C) int8, rows of the training split
+        truth=None,  # (N, C) {0, 1}, only for `full`
+        seed=0,
+    ):  # of the run
         self.recipe, self.n_images, self.n_classes, self.seed = recipe, n_images, n_classes, seed
         self.observed = torch.as_tensor(observed, dtype=torch.int8)
         self.device = self.observed.device  # where its own tensors live too
@@ -36,88 +41,140 @@ class Objective:
         self.epoch, self.epochs = 1, recipe.epochs
         self.prepare()
 
-    def prepare(self): "Set up what is remembered"
-    def param_groups(self, lr): return []  # groups of its own trainable tensors for the optimizer
-    def parameters(self): return [p for g in self.param_groups(0.) for p in g['params']]
-    def start_epoch(self, epoch, epochs): self.epoch, self.epochs = epoch, epochs  # epoch = 1..epochs
-    def needs_predictions(self, epoch): return False
-    def learn(self, probs): "Take in the classifier's probabilities (N, C) on the training split"
+    def prepare(self):
+        "Set up what is remembered"
+
+    def param_groups(self, lr):
+        return []  # groups of its own trainable tensors for the optimizer
+
+    def parameters(self):
+        return [p for g in self.param_groups(0.0) for p in g["params"]]
+
+    def start_epoch(self, epoch, epochs):
+        self.epoch, self.epochs = epoch, epochs  # epoch = 1..epochs
+
+    def needs_predictions(self, epoch):
+        return False
+
+    def learn(self, probs):
+        "Take in the classifier's probabilities (N, C) on the training split"
 
     def end_epoch(self, epoch, predict):  # predict() -> probs (N, C), evaluation mode, no augmentation
-        if self.needs_predictions(epoch): self.learn(torch.as_tensor(predict(), dtype=torch.float32, device=self.device))
+        if self.needs_predictions(epoch):
+            self.learn(torch.as_tensor(predict(), dtype=torch.float32, device=self.device))
 
-    def loss(self, output, batch, pseudo): raise NotImplementedError  # output of the classifier, `Batch`, (B, C) in {-1, 0, 1} -> scalar
-    def state_dict(self): return {k: getattr(self, k).detach().clone() for k in self.state}
+    def loss(self, output, batch, pseudo):
+        raise NotImplementedError  # output of the classifier, `Batch`, (B, C) in {-1, 0, 1} -> scalar
+
+    def state_dict(self):
+        return {k: getattr(self, k).detach().clone() for k in self.state}
 
     def load_state_dict(self, state):
-        for k in self.state: getattr(self, k).data.copy_(state[k])
+        for k in self.state:
+            getattr(self, k).data.copy_(state[k])
 
-    def rows(self, batch): return batch.rows.to(self.device)
-    def logits(self, output): return logits_of(output)
+    def rows(self, batch):
+        return batch.rows.to(self.device)
+
+    def logits(self, output):
+        return logits_of(output)
+
 
 def merged(observed, pseudo):  # (B, C), (B, C)
     "Observed labels, pseudo-labels where nothing was observed"
     return torch.where(observed == 0, pseudo.to(observed.dtype), observed)
 
-
 # %% ../nbs/12_methods.ipynb #e3485770
 _STATELESS = {  # (recipe, logits, observed with pseudo-labels merged in) -> scalar
-    'an': lambda r, s, y: losses.an(s, y, epsilon=r.epsilon),
-    'an-ls': lambda r, s, y: losses.an_ls(s, y, smoothing=r.smoothing, epsilon=r.epsilon),
-    'wan': lambda r, s, y: losses.wan(s, y, epsilon=r.epsilon),
-    'epr': lambda r, s, y: losses.epr(s, y, r.expected_positives, epsilon=r.epsilon),
-    'em': lambda r, s, y: losses.em(s, y, r.em_alpha, epsilon=r.epsilon),
+    "an": lambda r, s, y: losses.an(s, y, epsilon=r.epsilon),
+    "an-ls": lambda r, s, y: losses.an_ls(s, y, smoothing=r.smoothing, epsilon=r.epsilon),
+    "wan": lambda r, s, y: losses.wan(s, y, epsilon=r.epsilon),
+    "epr": lambda r, s, y: losses.epr(s, y, r.expected_positives, epsilon=r.epsilon),
+    "em": lambda r, s, y: losses.em(s, y, r.em_alpha, epsilon=r.epsilon),
 }
+
 
 class Merged(Objective):
     "A loss of observed labels; pseudo-labels count as observed"
+
     def __init__(self, fn, *args, **kwargs):
         self.fn = fn
         super().__init__(*args, **kwargs)
 
-    def loss(self, output, batch, pseudo): return self.fn(self.recipe, logits_of(output), merged(batch.observed, pseudo))
+    def loss(self, output, batch, pseudo):
+        return self.fn(self.recipe, logits_of(output), merged(batch.observed, pseudo))
+
 
 class Full(Objective):
     "Binary cross-entropy with full labels: the upper bound"
+
     def prepare(self):
-        if self.truth is None: raise AevlpError("method 'full' needs the full labels of the training split, which this data set does not have.")
+        if self.truth is None:
+            raise AevlpError(
+                "method 'full' needs the full labels of the training split, which this data set does not have."
+            )
 
     def loss(self, output, batch, pseudo):
         truth, logits = self.truth[self.rows(batch)], logits_of(output)
         known = truth >= 0
-        if known.all(): return losses.bce(logits, truth.float(), epsilon=self.recipe.epsilon)
-        matrix = losses.bce(logits, truth.float(), 'none', self.recipe.epsilon)  # an unknown label says nothing
+        if known.all():
+            return losses.bce(logits, truth.float(), epsilon=self.recipe.epsilon)
+        matrix = losses.bce(logits, truth.float(), "none", self.recipe.epsilon)  # an unknown label says nothing
         return matrix[known].sum() / known.sum().clamp(min=1)
+
 
 class BcePseudo(Objective):
     "BCE with positive pseudo-labels as positives, all else negative"
-    def loss(self, output, batch, pseudo): return losses.bce_pl(logits_of(output), batch.observed, pseudo, epsilon=self.recipe.epsilon)
+
+    def loss(self, output, batch, pseudo):
+        return losses.bce_pl(logits_of(output), batch.observed, pseudo, epsilon=self.recipe.epsilon)
+
 
 class Vlpl(Objective):
     "VLPL: entropy on unknown labels, smoothed BCE on positive pseudo-labels"
+
     def loss(self, output, batch, pseudo):
         r = self.recipe
-        return losses.vlpl(logits_of(output), batch.observed, pseudo, alpha=r.em_alpha, beta_pos=r.vlpl_beta, smoothing=r.smoothing,
-                           epsilon=r.epsilon)
+        return losses.vlpl(
+            logits_of(output),
+            batch.observed,
+            pseudo,
+            alpha=r.em_alpha,
+            beta_pos=r.vlpl_beta,
+            smoothing=r.smoothing,
+            epsilon=r.epsilon,
+        )
 
 # %% ../nbs/12_methods.ipynb #6045ec85
-_SCHEDULE = ('w0', 'wT', 'b0', 'bT', 'mu0', 'sigma0', 'muT', 'sigmaT')
+_SCHEDULE = ("w0", "wT", "b0", "bT", "mu0", "sigma0", "muT", "sigmaT")
+
 
 class Gr(Objective):
     "GR loss (Eq. 1)"
+
     def start_epoch(self, epoch, epochs):
         super().start_epoch(epoch, epochs)
         start = {k: getattr(self.recipe, k) for k in _SCHEDULE}
         self.now = losses.gr_schedule(epoch, epochs, linear_init=self.recipe.linear_init, **start)
 
     def loss(self, output, batch, pseudo):
-        return losses.gr(logits_of(output), merged(batch.observed, pseudo), q1=self.recipe.q1, q2=self.recipe.q2,
-                         epsilon=self.recipe.epsilon, **self.now)
+        return losses.gr(
+            logits_of(output),
+            merged(batch.observed, pseudo),
+            q1=self.recipe.q1,
+            q2=self.recipe.q2,
+            epsilon=self.recipe.epsilon,
+            **self.now,
+        )
+
 
 class Gpr(Gr):
     "GPR loss (Eq. 2)"
-    state = ('sums',)
-    def prepare(self): self.sums = torch.full((self.n_images,), torch.nan, device=self.device)  # last predicted number of positives
+
+    state = ("sums",)
+
+    def prepare(self):
+        self.sums = torch.full((self.n_images,), torch.nan, device=self.device)  # last predicted number of positives
 
     def regulariser(self, logits, rows):
         "R of Eq. 4 with the mean of Eq. 6 over all images seen so far"
@@ -128,98 +185,185 @@ class Gpr(Gr):
 
     def loss(self, output, batch, pseudo):
         r, logits = self.recipe, logits_of(output)
-        lambdas = (r.lambda1, r.lambda2) if r.v4 == 'clip' else (r.v4_constant,) * 2
-        whole = r.regulariser_over == 'set' and r.eta > 0
-        value = losses.gpr(logits, batch.observed, pseudo, q1=r.q1, q2=r.q2, q3=r.q3, lambda1=lambdas[0], lambda2=lambdas[1],
-                           eta=0. if whole else r.eta, expected_positives=r.expected_positives, epsilon=r.epsilon, **self.now)
+        lambdas = (r.lambda1, r.lambda2) if r.v4 == "clip" else (r.v4_constant,) * 2
+        whole = r.regulariser_over == "set" and r.eta > 0
+        value = losses.gpr(
+            logits,
+            batch.observed,
+            pseudo,
+            q1=r.q1,
+            q2=r.q2,
+            q3=r.q3,
+            lambda1=lambdas[0],
+            lambda2=lambdas[1],
+            eta=0.0 if whole else r.eta,
+            expected_positives=r.expected_positives,
+            epsilon=r.epsilon,
+            **self.now,
+        )
         return value + r.eta * self.regulariser(logits, self.rows(batch)) if whole else value
 
 # %% ../nbs/12_methods.ipynb #be1b6fa7
 class Role(Objective):
     "ROLE: online estimation of the labels"
-    state = ('theta',)
+
+    state = ("theta",)
+
     def prepare(self):
         bound, sure = math.log(self.recipe.role_init / (1 - self.recipe.role_init)), math.log(0.995 / 0.005)
-        unknown = torch.empty(self.observed.shape).uniform_(-bound, bound, generator=torch.Generator().manual_seed(self.seed)).to(self.device)
+        unknown = (
+            torch.empty(self.observed.shape)
+            .uniform_(-bound, bound, generator=torch.Generator().manual_seed(self.seed))
+            .to(self.device)
+        )
         self.theta = nn.Parameter(torch.where(self.observed == 0, unknown, sure * self.observed))
 
-    def param_groups(self, lr): return [dict(name='theta', params=[self.theta], lr=lr * self.recipe.role_lr_factor, weight_decay=0.)]
+    def param_groups(self, lr):
+        return [dict(name="theta", params=[self.theta], lr=lr * self.recipe.role_lr_factor, weight_decay=0.0)]
 
     def loss(self, output, batch, pseudo):
-        return losses.role(logits_of(output), self.theta[self.rows(batch)], merged(batch.observed, pseudo), self.recipe.expected_positives,
-                           self.recipe.epsilon)
+        return losses.role(
+            logits_of(output),
+            self.theta[self.rows(batch)],
+            merged(batch.observed, pseudo),
+            self.recipe.expected_positives,
+            self.recipe.epsilon,
+        )
 
 # %% ../nbs/12_methods.ipynb #5448c772
 class EmApl(Objective):
     "Entropy maximisation with asymmetric pseudo-labels"
-    state = ('soft',)
-    def prepare(self): self.soft = torch.full((self.n_images, self.n_classes), torch.nan, device=self.device)  # h, NaN where none
 
-    def needs_predictions(self, epoch): return self.recipe.apl_warmup <= epoch < self.epochs
+    state = ("soft",)
+
+    def prepare(self):
+        self.soft = torch.full((self.n_images, self.n_classes), torch.nan, device=self.device)  # h, NaN where none
+
+    def needs_predictions(self, epoch):
+        return self.recipe.apl_warmup <= epoch < self.epochs
 
     def learn(self, probs):
         unknown, rounds = (self.observed == 0).sum(0).tolist(), self.epochs - self.recipe.apl_warmup
         free = (self.observed == 0) & self.soft.isnan()
         for c, n in enumerate(unknown):
             rows = free[:, c].nonzero()[:, 0]
-            chosen = rows[probs[rows, c].argsort(stable=True)[:int(self.recipe.apl_proportion * n / rounds)]]
+            chosen = rows[probs[rows, c].argsort(stable=True)[: int(self.recipe.apl_proportion * n / rounds)]]
             self.soft[chosen, c] = probs[chosen, c]
 
     def loss(self, output, batch, pseudo):
-        return losses.apl(logits_of(output), merged(batch.observed, pseudo), self.soft[self.rows(batch)], self.recipe.em_alpha, self.recipe.apl_beta,
-                          epsilon=self.recipe.epsilon)
+        return losses.apl(
+            logits_of(output),
+            merged(batch.observed, pseudo),
+            self.soft[self.rows(batch)],
+            self.recipe.em_alpha,
+            self.recipe.apl_beta,
+            epsilon=self.recipe.epsilon,
+        )
 
 # %% ../nbs/12_methods.ipynb #d867cb8b
 class LargeLoss(Objective):
     "LL-R and LL-Ct"
+
     def __init__(self, scheme, *args, **kwargs):
         self.scheme = scheme
         super().__init__(*args, **kwargs)
 
     def loss(self, output, batch, pseudo):
         observed = merged(batch.observed, pseudo)
-        return losses.ll(logits_of(output), observed, large_loss_count(observed.shape, self.epoch, self.recipe.ll_delta), scheme=self.scheme)
+        return losses.ll(
+            logits_of(output),
+            observed,
+            large_loss_count(observed.shape, self.epoch, self.recipe.ll_delta),
+            scheme=self.scheme,
+        )
+
 
 class LargeLossCp(Objective):
     "LL-Cp: corrections stay"
-    state = ('corrected',)
-    def prepare(self): self.corrected = torch.zeros((self.n_images, self.n_classes), dtype=torch.int8, device=self.device)
+
+    state = ("corrected",)
+
+    def prepare(self):
+        self.corrected = torch.zeros((self.n_images, self.n_classes), dtype=torch.int8, device=self.device)
 
     def loss(self, output, batch, pseudo):
         rows, logits = self.rows(batch), logits_of(output)
         observed = merged(merged(batch.observed, pseudo), self.corrected[rows])
         k = large_loss_count(observed.shape, 2, self.recipe.ll_delta) if self.epoch > 1 else 0
-        if k: self.corrected[rows] |= losses.large_loss_mask(logits.detach(), observed, k).to(torch.int8)
-        return losses.ll(logits, observed, k, scheme='ct')
+        if k:
+            self.corrected[rows] |= losses.large_loss_mask(logits.detach(), observed, k).to(torch.int8)
+        return losses.ll(logits, observed, k, scheme="ct")
 
 # %% ../nbs/12_methods.ipynb #00b23356
 class Mime(Objective):
     "MIME: a label matrix that only grows"
-    state = ('labels',)
-    def prepare(self): self.labels = (self.observed == 1).to(torch.int8)
 
-    def needs_predictions(self, epoch): return self.recipe.mime_warmup <= epoch < self.epochs
-    def learn(self, probs): self.labels |= ((probs > self.recipe.mime_threshold) & (self.observed == 0)).to(torch.int8)
+    state = ("labels",)
+
+    def prepare(self):
+        self.labels = (self.observed == 1).to(torch.int8)
+
+    def needs_predictions(self, epoch):
+        return self.recipe.mime_warmup <= epoch < self.epochs
+
+    def learn(self, probs):
+        self.labels |= ((probs > self.recipe.mime_threshold) & (self.observed == 0)).to(torch.int8)
 
     def loss(self, output, batch, pseudo):
         targets = merged(merged(batch.observed, self.labels[self.rows(batch)]), pseudo).clamp(min=0)
-        return losses.mime(logits_of(output), targets, output.mu, output.log_std, self.recipe.mime_beta, self.recipe.epsilon)
+        return losses.mime(
+            logits_of(output), targets, output.mu, output.log_std, self.recipe.mime_beta, self.recipe.epsilon
+        )
+
 
 class Smile(Objective):
     "SMILE: the classifier and its enhanced labels teach each other"
+
     def loss(self, output, batch, pseudo):
         r = self.recipe
-        return losses.smile(logits_of(output), merged(batch.observed, pseudo), output.concentration1, output.concentration0, output.mu, output.log_std,
-                            theta=r.smile_theta, a=r.smile_a, b=r.smile_b, kl=r.smile_kl, epsilon=r.epsilon)
+        return losses.smile(
+            logits_of(output),
+            merged(batch.observed, pseudo),
+            output.concentration1,
+            output.concentration0,
+            output.mu,
+            output.log_std,
+            theta=r.smile_theta,
+            a=r.smile_a,
+            b=r.smile_b,
+            kl=r.smile_kl,
+            epsilon=r.epsilon,
+        )
 
 # %% ../nbs/12_methods.ipynb #2ddc69d8
-OBJECTIVES = {**{name: partial(Merged, fn) for name, fn in _STATELESS.items()},
-              'full': Full, 'bce': BcePseudo, 'vlpl': Vlpl, 'gr': Gr, 'gpr': Gpr, 'role': Role, 'em-apl': EmApl,
-              'll-r': partial(LargeLoss, 'r'), 'll-ct': partial(LargeLoss, 'ct'), 'll-cp': LargeLossCp,
-              'boostlu-ll-r': partial(LargeLoss, 'r'), 'mime': Mime, 'smile': Smile}
+OBJECTIVES = {
+    **{name: partial(Merged, fn) for name, fn in _STATELESS.items()},
+    "full": Full,
+    "bce": BcePseudo,
+    "vlpl": Vlpl,
+    "gr": Gr,
+    "gpr": Gpr,
+    "role": Role,
+    "em-apl": EmApl,
+    "ll-r": partial(LargeLoss, "r"),
+    "ll-ct": partial(LargeLoss, "ct"),
+    "ll-cp": LargeLossCp,
+    "boostlu-ll-r": partial(LargeLoss, "r"),
+    "mime": Mime,
+    "smile": Smile,
+}
 
-def build_objective(name,        # a key of `OBJECTIVES`
-                    recipe, n_images, n_classes, observed, truth=None, seed=0):
+
+def build_objective(
+    name,  # a key of `OBJECTIVES`
+    recipe,
+    n_images,
+    n_classes,
+    observed,
+    truth=None,
+    seed=0,
+):
     "The objective of a run; its tensors live where `observed` does"
-    if name not in OBJECTIVES: raise unknown('loss', name, OBJECTIVES)
+    if name not in OBJECTIVES:
+        raise unknown("loss", name, OBJECTIVES)
     return OBJECTIVES[name](recipe, n_images, n_classes, observed, truth=truth, seed=seed)

@@ -14,57 +14,85 @@ import numpy as np
 def average_precision(
     scores,  # (N, C) floats, higher is more positive; tensor or array
     targets,  # (N, C) 1 = positive, -1 = unknown, left out of its class; anything else = negative
-    empty=0.,  # AP of a class without positives
+    empty=0.0,  # AP of a class without positives
 ):  # (C,) float64 tensor in [0, 1]
     "Average precision of every class at once, tied scores grouped"
     import torch  # here and below: a table of results needs this module's words, and no torch
+
     scores, targets = torch.as_tensor(scores), torch.as_tensor(targets)
     positive, known = targets == 1, targets != -1
-    if scores.shape != positive.shape or scores.ndim != 2: raise ValueError(f'scores {tuple(scores.shape)} and targets {tuple(positive.shape)} must both be (images, classes).')
-    if scores.isnan().any(): raise ValueError('scores hold NaN: the model diverged; lower its learning rate.')
+    if scores.shape != positive.shape or scores.ndim != 2:
+        raise ValueError(
+            f"scores {tuple(scores.shape)} and targets {tuple(positive.shape)} must both be (images, classes)."
+        )
+    if scores.isnan().any():
+        raise ValueError("scores hold NaN: the model diverged; lower its learning rate.")
     ranked, order = scores.T.contiguous().sort(descending=True)
-    hits, seen = (m.T.contiguous().gather(1, order).cumsum(1) for m in (positive, known))  # among the first 1, 2, ... images
-    last = torch.ones_like(ranked, dtype=torch.bool)           # of its group of ties
+    hits, seen = (
+        m.T.contiguous().gather(1, order).cumsum(1) for m in (positive, known)
+    )  # among the first 1, 2, ... images
+    last = torch.ones_like(ranked, dtype=torch.bool)  # of its group of ties
     last[:, :-1] = ranked[:, 1:] != ranked[:, :-1]
     of, found = last.nonzero(as_tuple=True)[0], hits[last]
     step = found.diff(prepend=found.new_zeros(1))
-    step = torch.where(of.diff(prepend=of.new_full((1,), -1)) > 0, found, step)  # a class's first group starts from none
+    step = torch.where(
+        of.diff(prepend=of.new_full((1,), -1)) > 0, found, step
+    )  # a class's first group starts from none
     total, one_sided = positive.sum(0), ~known.all(0) & (positive == known).all(0)
-    ap = torch.zeros(len(total), dtype=torch.float64, device=scores.device).index_add_(0, of, (step * found).double() / seen[last].clamp(min=1))
+    ap = torch.zeros(len(total), dtype=torch.float64, device=scores.device).index_add_(
+        0, of, (step * found).double() / seen[last].clamp(min=1)
+    )
     return torch.where((total > 0) & ~one_sided, ap / total, empty)
 
 # %% ../nbs/00_metrics.ipynb #768307b5
 def mean_average_precision(
     scores,  # (N, C)
     targets,  # (N, C) 1 = positive
-    empty=0.,  # AP of a class without positives; NaN leaves it out
+    empty=0.0,  # AP of a class without positives; NaN leaves it out
 ) -> float:  # percent
     "mAP over classes in percent"
     return 100 * average_precision(scores, targets, empty).nanmean().item()
 
 # %% ../nbs/00_metrics.ipynb #31b3a954
-ASSUMPTION = ('Measured on the given labels alone, as if each had been drawn evenly from the true ones of its picture; '
-              'where labels favour what is large, frequent or striking, so do these numbers.')  # wherever they are shown
-MEASURES = dict(map='mAP', auc_observed='AUC (given labels)', **{f'recall@{k}': f'recall@{k} (given labels)' for k in (1, 3, 5)},
-                mean_rank='mean rank of a given label')  # percent, but for the rank
+ASSUMPTION = (
+    "Measured on the given labels alone, as if each had been drawn evenly from the true ones of its picture; "
+    "where labels favour what is large, frequent or striking, so do these numbers."
+)  # wherever they are shown
+MEASURES = dict(
+    map="mAP",
+    auc_observed="AUC (given labels)",
+    **{f"recall@{k}": f"recall@{k} (given labels)" for k in (1, 3, 5)},
+    mean_rank="mean rank of a given label",
+)  # percent, but for the rank
+
 
 def _places(scores, observed):
-    "For every picture and class, how many classes of the picture score higher, and how many as high or higher; whether it is given"
+    "For every picture and class: how many classes score higher, how many as high or higher, and whether it is given"
     import torch
+
     scores, given = torch.as_tensor(scores).cpu(), torch.as_tensor(observed).cpu() == 1
-    if scores.shape != given.shape or scores.ndim != 2: raise ValueError(f'scores {tuple(scores.shape)} and labels {tuple(given.shape)} must both be (images, classes).')
+    if scores.shape != given.shape or scores.ndim != 2:
+        raise ValueError(
+            f"scores {tuple(scores.shape)} and labels {tuple(given.shape)} must both be (images, classes)."
+        )
     scores = scores.double().contiguous()
     ranked, classes = scores.sort(1).values, scores.shape[1]
     higher, reach = (classes - torch.searchsorted(ranked, scores, right=r) for r in (True, False))
     return higher.double(), reach.double(), given
 
+
 def _of_given(values, given):
     "Mean of a picture's given labels, NaN without any"
     return ((values * given).sum(1) / given.sum(1)).numpy()
 
-def _recall(k, higher, reach, given): return _of_given(((k - higher) / (reach - higher)).clamp(0, 1), given)
 
-def _rank(higher, reach, given): return _of_given((higher + 1 + reach) / 2, given)
+def _recall(k, higher, reach, given):
+    return _of_given(((k - higher) / (reach - higher)).clamp(0, 1), given)
+
+
+def _rank(higher, reach, given):
+    return _of_given((higher + 1 + reach) / 2, given)
+
 
 def recall_at(
     k: int,  # classes named for a picture
@@ -73,6 +101,7 @@ def recall_at(
 ) -> np.ndarray:  # (N,) in [0, 1], NaN where nothing is given
     "Share of the given labels of each picture that are among its `k` highest scores"
     return _recall(k, *_places(scores, observed))
+
 
 def rank_of_given(
     scores,  # (N, C) floats, higher is more positive
@@ -93,21 +122,30 @@ def bootstrap_weights(
         out[:, i] = np.bincount(rng.integers(0, n, n), minlength=n)
     return out
 
+
 def _sums(scores, positive, rows, weights):
-    "Weights along the falling scores at each distinct score that a positive has: positives before and with it, all before and with it"
+    "At each distinct score of a positive, falling: weight of positives and of all, before it and with it"
     from scipy.sparse import csr_matrix
-    order = np.argsort(-scores, kind='stable')
+
+    order = np.argsort(-scores, kind="stable")
     scores, at = scores[order], np.flatnonzero(positive[order])
     ends = np.append(np.flatnonzero(scores[1:] != scores[:-1]) + 1, len(scores))  # of the groups of ties
-    group = np.unique(np.searchsorted(ends, at, side='right'))
+    group = np.unique(np.searchsorted(ends, at, side="right"))
     cuts = np.stack([np.append(0, ends)[group], ends[group]], 1).ravel()
     edges, own = np.concatenate([[0], cuts, [len(scores)]]), np.concatenate([[0], np.searchsorted(at, cuts), [len(at)]])
-    add = lambda which, edges: (csr_matrix((np.ones(len(which), np.float32), rows[which], edges), (len(edges) - 1, len(weights)))
-                                @ weights).cumsum(0, dtype=np.float64)
+
+    def add(which, edges):
+        return (
+            csr_matrix((np.ones(len(which), np.float32), rows[which], edges), (len(edges) - 1, len(weights))) @ weights
+        ).cumsum(0, dtype=np.float64)
+
     every, own = add(order, edges), add(order[at], own)
     return own[:-1:2], own[1:-1:2], every[:-1:2], every[1:-1:2], own[-1], every[-1]
 
-def _weighted_ap(before, upto, _, seen, total, __): return ((upto - before) * upto / np.maximum(seen, 1)).sum(0) / total
+
+def _weighted_ap(before, upto, _, seen, total, __):
+    return ((upto - before) * upto / np.maximum(seen, 1)).sum(0) / total
+
 
 def _weighted_auc(before, upto, seen_before, seen, total, every):
     negatives = every - total  # of which lie below, or level for a half
@@ -117,12 +155,17 @@ def _weighted_auc(before, upto, seen_before, seen, total, every):
 def _classes(measure, scores, positive, known, weights):
     "`measure` of every class and draw"
     import torch
-    scores, out = np.asarray(torch.as_tensor(scores).double().cpu()), np.full((scores.shape[1], weights.shape[1]), np.nan)
-    with np.errstate(invalid='ignore', divide='ignore'):  # 0 / 0 is the NaN of a draw without a positive
+
+    scores, out = (
+        np.asarray(torch.as_tensor(scores).double().cpu()),
+        np.full((scores.shape[1], weights.shape[1]), np.nan),
+    )
+    with np.errstate(invalid="ignore", divide="ignore"):  # 0 / 0 is the NaN of a draw without a positive
         for c in np.flatnonzero(positive.any(0)):
             rows = np.flatnonzero(known[:, c])
             out[c] = measure(*_sums(scores[rows, c], positive[rows, c], rows, weights))
     return out
+
 
 def auc_observed(
     scores,  # (N, C) floats, higher is more positive
@@ -131,27 +174,41 @@ def auc_observed(
 ) -> np.ndarray:  # (C,), or (C, B), in [0, 1]; NaN for a class without a given label
     "Area under the ROC curve of the given labels of each class against all other pictures"
     given = np.asarray(observed) == 1
-    out = _classes(_weighted_auc, scores, given, np.ones_like(given), bootstrap_weights(len(given), 0) if weights is None else weights)
+    out = _classes(
+        _weighted_auc,
+        scores,
+        given,
+        np.ones_like(given),
+        bootstrap_weights(len(given), 0) if weights is None else weights,
+    )
     return out[:, 0] if weights is None else out
 
 # %% ../nbs/00_metrics.ipynb #7582739d
 def _nanmean(values, axis):
     "Mean of what is there, NaN where nothing is"
     there = ~np.isnan(values)
-    with np.errstate(invalid='ignore'): return np.where(there, values, 0).sum(axis) / there.sum(axis)
+    with np.errstate(invalid="ignore"):
+        return np.where(there, values, 0).sum(axis) / there.sum(axis)
+
 
 def _interval(draws, reflect=False):
     "[value, low, high] of a value and its draws; None where there is no value, or no draw"
     value, draws = draws[0], draws[1:][~np.isnan(draws[1:])]
-    if np.isnan(value): return None
-    if not len(draws): return [float(value), None, None]
+    if np.isnan(value):
+        return None
+    if not len(draws):
+        return [float(value), None, None]
     low, high = np.percentile(draws, (2.5, 97.5))
-    return [float(v) for v in ((value, max(2 * value - high, 0), min(2 * value - low, 100)) if reflect else (value, low, high))]
+    return [
+        float(v)
+        for v in ((value, max(2 * value - high, 0), min(2 * value - low, 100)) if reflect else (value, low, high))
+    ]
+
 
 def map_interval(
     scores,  # (N, C) floats, higher is more positive
     targets,  # (N, C) 1 = positive, -1 = unknown
-    empty=0.,  # AP of a class without positives; NaN leaves it out
+    empty=0.0,  # AP of a class without positives; NaN leaves it out
     replicates: int = 500,
     seed: int = 0,
 ) -> list | None:  # mAP, its lower and its upper bound, percent; None where no class has an AP
@@ -168,29 +225,35 @@ def single_positive(
     observed,  # (N, C) 1 = given as a positive
     replicates: int = 500,  # 0: no interval
     seed: int = 0,
-) -> dict:  # of `MEASURES` but mAP: [value, low, high], percent (the rank: a place from 1 on); None where nothing is given
+) -> (
+    dict
+):  # of `MEASURES` but mAP: [value, low, high], percent (the rank: a place from 1 on); None where nothing is given
     "What the given labels of a split say of the scores, with 95 % intervals over pictures"
     weights, places = bootstrap_weights(len(scores), replicates, seed), _places(scores, observed)
-    pictures = {f'recall@{k}': 100 * _recall(k, *places) for k in (1, 3, 5)} | {'mean_rank': _rank(*places)}
-    out = {'auc_observed': _interval(100 * _nanmean(auc_observed(scores, observed, weights), 0))}
+    pictures = {f"recall@{k}": 100 * _recall(k, *places) for k in (1, 3, 5)} | {"mean_rank": _rank(*places)}
+    out = {"auc_observed": _interval(100 * _nanmean(auc_observed(scores, observed, weights), 0))}
     for name, values in pictures.items():
         there = ~np.isnan(values)
-        with np.errstate(invalid='ignore'): draws = values[there] @ weights[there] / weights[there].sum(0)  # 0 / 0: drew none of them
+        with np.errstate(invalid="ignore"):
+            draws = values[there] @ weights[there] / weights[there].sum(0)  # 0 / 0: drew none of them
         out[name] = _interval(draws)
     return out
 
 # %% ../nbs/00_metrics.ipynb #3c112a00
 def headline(
     metrics: dict,  # as metrics.json
-    split: str = 'test',  # or 'val'
+    split: str = "test",  # or 'val'
 ) -> tuple:  # (what was measured: a key of `MEASURES`, [value, low, high] in percent); (None, None) where nothing was
     "What a run is spoken of by: mAP where the truth is known, else AUC (given labels)"
-    value, said = metrics.get(f'{split}_map'), metrics.get(split) or {}
-    if value is not None: return 'map', said.get('map') or [value, None, None]
-    return ('auc_observed', said['auc_observed']) if said.get('auc_observed') else (None, None)
+    value, said = metrics.get(f"{split}_map"), metrics.get(split) or {}
+    if value is not None:
+        return "map", said.get("map") or [value, None, None]
+    return ("auc_observed", said["auc_observed"]) if said.get("auc_observed") else (None, None)
 
 # %% ../nbs/00_metrics.ipynb #6df09d11
-def _ratio(part, whole): return part / whole if whole else float('nan')
+def _ratio(part, whole):
+    return part / whole if whole else float("nan")
+
 
 def pseudo_label_quality(
     pseudo,  # (N, C) in {-1, 0, 1}
@@ -199,42 +262,64 @@ def pseudo_label_quality(
 ) -> dict:  # precision, recall, negative_precision in [0, 1] or NaN; counts tp, fp, missing
     "Precision and recall of pseudo-labels on labels that were not observed (paper, Table 3)"
     import torch
+
     pseudo, observed, truth = torch.as_tensor(pseudo), torch.as_tensor(observed), torch.as_tensor(truth)
     unknown, truth = (observed == 0) & (truth != -1), truth == 1
     positive, negative = (pseudo == 1) & unknown, (pseudo == -1) & unknown
     tp, fp, missing = (x.sum().item() for x in (positive & truth, positive & ~truth, unknown & truth))
-    return dict(precision=_ratio(tp, tp + fp), recall=_ratio(tp, missing), tp=tp, fp=fp, missing=missing,
-                negative_precision=_ratio((negative & ~truth).sum().item(), negative.sum().item()))
+    return dict(
+        precision=_ratio(tp, tp + fp),
+        recall=_ratio(tp, missing),
+        tp=tp,
+        fp=fp,
+        missing=missing,
+        negative_precision=_ratio((negative & ~truth).sum().item(), negative.sum().item()),
+    )
 
 # %% ../nbs/00_metrics.ipynb #e3e5871b
 class PseudoLabelMeter:
     "Collects the pseudo-labels of an epoch, and their union over epochs"
-    def __init__(self,
+
+    def __init__(
+        self,
         truth,  # (N, C) in {0, 1, -1}, rows are positions in the training split; -1, None: unknown, not measured
         observed,  # (N, C) nonzero where the label is known
     ):
         import torch
+
         self.observed = torch.as_tensor(observed).cpu()
         self.truth = None if truth is None else torch.as_tensor(truth).cpu()
         self.pseudo = torch.zeros(self.observed.shape, dtype=torch.int8)  # this epoch's
-        self.ever = torch.zeros(self.observed.shape, dtype=torch.bool)    # positive in any closed epoch
+        self.ever = torch.zeros(self.observed.shape, dtype=torch.bool)  # positive in any closed epoch
         self.history = []
 
-    def update(self,
+    def update(
+        self,
         ids,  # (B,) positions in the training split
         pseudo,  # (B, C) in {-1, 0, 1}
     ):
         "Take the labels of a batch; a row given twice keeps the later ones"
         import torch
+
         self.pseudo[torch.as_tensor(ids).cpu()] = torch.as_tensor(pseudo).cpu().to(torch.int8)
 
     def end_epoch(self) -> dict:  # precision, recall, accumulated_precision, accumulated_recall, negative_precision
         "Close the epoch: its measures, also appended to `history`"
         self.ever |= self.pseudo == 1
-        nan = dict.fromkeys(('precision', 'recall', 'negative_precision'), float('nan'))
-        now, union = (nan if self.truth is None else pseudo_label_quality(l, self.observed, self.truth) for l in (self.pseudo, self.ever))
-        self.history.append(dict(precision=now['precision'], recall=now['recall'], accumulated_precision=union['precision'],
-                                 accumulated_recall=union['recall'], negative_precision=now['negative_precision']))
+        nan = dict.fromkeys(("precision", "recall", "negative_precision"), float("nan"))
+        now, union = (
+            nan if self.truth is None else pseudo_label_quality(l, self.observed, self.truth)
+            for l in (self.pseudo, self.ever)
+        )
+        self.history.append(
+            dict(
+                precision=now["precision"],
+                recall=now["recall"],
+                accumulated_precision=union["precision"],
+                accumulated_recall=union["recall"],
+                negative_precision=now["negative_precision"],
+            )
+        )
         self.pseudo = self.pseudo.new_zeros(self.pseudo.shape)
         return self.history[-1]
 
@@ -244,4 +329,8 @@ class PseudoLabelMeter:
 
     def load_state_dict(self, state: dict):
         "Go on from `state_dict()`"
-        self.pseudo, self.ever, self.history = state['pseudo'].clone(), state['ever'].clone(), [dict(row) for row in state['history']]
+        self.pseudo, self.ever, self.history = (
+            state["pseudo"].clone(),
+            state["ever"].clone(),
+            [dict(row) for row in state["history"]],
+        )

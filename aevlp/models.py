@@ -29,132 +29,192 @@ from .vlm import weights_of
 # %% ../nbs/11_models.ipynb #e228c01f
 def _made(make, name):
     "`make()`, with what goes wrong in one sentence"
-    try: return make()
+    try:
+        return make()
     except OSError as e:
-        raise AevlpError(f"the weights of '{name}' cannot be fetched ({_first_line(e)}); without a network give a file: backbone_weights=FILE.") from e
+        raise AevlpError(
+            f"the weights of '{name}' cannot be fetched ({_first_line(e)}); without a network give a file: "
+            "backbone_weights=FILE."
+        ) from e
     except (RuntimeError, ValueError) as e:
-        raise AevlpError(f"backbone '{name}' cannot be built ({_first_line(e)}); timm.list_models() and open_clip.list_models() name those that can.") from e
+        raise AevlpError(
+            f"backbone '{name}' cannot be built ({_first_line(e)}); timm.list_models() and open_clip.list_models() "
+            "name those that can."
+        ) from e
 
-def _first_line(error): return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip('.')
+
+def _first_line(error):
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+
 
 class _Timm(nn.Module):
     "A timm model without its classifier"
+
     def __init__(self, name, **kwargs):
         super().__init__()
         self.net = _made(lambda: timm.create_model(name, num_classes=0, **kwargs), name)
-        self.cfg, self.prefix = self.net.pretrained_cfg, getattr(self.net, 'num_prefix_tokens', 0)
+        self.cfg, self.prefix = self.net.pretrained_cfg, getattr(self.net, "num_prefix_tokens", 0)
         self.channels = self.net.num_features
-        self.pooled_channels = getattr(self.net, 'head_hidden_size', None) or self.channels
+        self.pooled_channels = getattr(self.net, "head_hidden_size", None) or self.channels
 
-    def forward(self, x): return self.net(x)
+    def forward(self, x):
+        return self.net(x)
 
     def map(self, x):  # -> (B, F, h, w)
         x = self.net.forward_features(x)
-        if x.ndim == 4: return x.permute(0, 3, 1, 2) if x.shape[1] != self.channels else x
-        x = x[:, self.prefix:]
+        if x.ndim == 4:
+            return x.permute(0, 3, 1, 2) if x.shape[1] != self.channels else x
+        x = x[:, self.prefix :]
         side = math.isqrt(x.shape[1])
         return x.transpose(1, 2).reshape(len(x), -1, side, side)
 
+
 class _ClipTower(nn.Module):
     "The image tower of an open_clip model"
+
     def __init__(self, name, image_size, pretrained):  # open_clip's name, S, tag or file
         super().__init__()
         where = weights_of(name, pretrained)
-        clip = _made(lambda: open_clip.create_model(name, force_image_size=image_size, **where), f'clip:{name}')
+        clip = _made(lambda: open_clip.create_model(name, force_image_size=image_size, **where), f"clip:{name}")
         self.net = clip.visual
-        self.cfg = dict(mean=self.net.preprocess_cfg['mean'], std=self.net.preprocess_cfg['std'])
+        self.cfg = dict(mean=self.net.preprocess_cfg["mean"], std=self.net.preprocess_cfg["std"])
         self.pooled_channels = self.net.output_dim
 
-    def forward(self, x): return self.net(x)
+    def forward(self, x):
+        return self.net(x)
 
-    def map(self, x): raise AevlpError('a CLIP image tower gives no map; BoostLU and MIME need a timm backbone (ViT-L/14: vit_large_patch14_clip_224.openai).')
+    def map(self, x):
+        raise AevlpError(
+            "a CLIP image tower gives no map; BoostLU and MIME need a timm backbone (ViT-L/14: "
+            "vit_large_patch14_clip_224.openai)."
+        )
+
 
 class _Frozen(nn.Module):
     "Embeddings in place of pictures, standardised; with a hidden layer where the recipe asks for one"
+
     cfg = dict(mean=(), std=())
+
     def __init__(self, width, hidden):  # numbers an embedding; 0: no hidden layer
         super().__init__()
-        self.register_buffer('mean', torch.zeros(width))
-        self.register_buffer('std', torch.ones(width))
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("std", torch.ones(width))
         self.layer = nn.Sequential(nn.Linear(width, hidden), nn.ReLU()) if hidden else nn.Identity()
         self.pooled_channels = hidden or width
 
-    def forward(self, x): return self.layer((x.float() - self.mean) / self.std)
+    def forward(self, x):
+        return self.layer((x.float() - self.mean) / self.std)
 
-    def map(self, x): raise AevlpError('backbone=frozen has embeddings and no map; BoostLU and MIME need a timm backbone.')
+    def map(self, x):
+        raise AevlpError("backbone=frozen has embeddings and no map; BoostLU and MIME need a timm backbone.")
 
 # %% ../nbs/11_models.ipynb #0bc5dd0c
-_WRAPPERS, _PREFIXES = ('state_dict', 'model', 'model_state_dict'), ('module.', 'backbone.', 'net.')
+_WRAPPERS, _PREFIXES = ("state_dict", "model", "model_state_dict"), ("module.", "backbone.", "net.")
+
 
 def read_weights(path):  # .safetensors, .pth, .pt or .bin
     "A local file's tensors by name, unwrapped from checkpoints and DataParallel"
     path = Path(path)
-    if not path.is_file(): raise AevlpError(f'{path}: no such weight file; backbone_weights is hub, none, shipped or a file.')
-    try: found = load_file(path) if path.suffix == '.safetensors' else torch.load(path, map_location='cpu', weights_only=True)
-    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError) as e: raise AevlpError(f'{path}: not a readable weight file ({_first_line(e)}).') from e
+    if not path.is_file():
+        raise AevlpError(f"{path}: no such weight file; backbone_weights is hub, none, shipped or a file.")
+    try:
+        found = (
+            load_file(path)
+            if path.suffix == ".safetensors"
+            else torch.load(path, map_location="cpu", weights_only=True)
+        )
+    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError) as e:
+        raise AevlpError(f"{path}: not a readable weight file ({_first_line(e)}).") from e
     except Exception as e:
-        if type(e).__name__ != 'UnpicklingError': raise
-        raise AevlpError(f'{path}: holds more than tensors, and is not opened; save it as safetensors.') from e
+        if type(e).__name__ != "UnpicklingError":
+            raise
+        raise AevlpError(f"{path}: holds more than tensors, and is not opened; save it as safetensors.") from e
     for key in _WRAPPERS:
-        if isinstance(found, dict) and isinstance(found.get(key), dict): found = found[key]
-    if not (isinstance(found, dict) and found and all(isinstance(v, Tensor) for v in found.values())): raise AevlpError(f'{path}: holds no dictionary of tensors.')
+        if isinstance(found, dict) and isinstance(found.get(key), dict):
+            found = found[key]
+    if not (isinstance(found, dict) and found and all(isinstance(v, Tensor) for v in found.values())):
+        raise AevlpError(f"{path}: holds no dictionary of tensors.")
     for prefix in _PREFIXES:
-        if all(k.startswith(prefix) for k in found): found = {k.removeprefix(prefix): v for k, v in found.items()}
+        if all(k.startswith(prefix) for k in found):
+            found = {k.removeprefix(prefix): v for k, v in found.items()}
     return found
+
 
 def _refuse_misfits(path, found, wanted, of):
     "Every tensor of `wanted` must be in `found` with its shape, and no other"
-    shapes = [f'{k} {tuple(found[k].shape)} instead of {tuple(wanted[k].shape)}' for k in wanted if k in found and found[k].shape != wanted[k].shape]
-    missing, extra = [k for k in wanted if k not in found and not k.endswith('num_batches_tracked')], [k for k in found if k not in wanted]
-    for what, names in (('lacks', missing), ('has another shape of', shapes), ('has the unknown', extra)):
-        if names: raise AevlpError(f"{path}: {what} {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}; it belongs to another {of}.")
+    shapes = [
+        f"{k} {tuple(found[k].shape)} instead of {tuple(wanted[k].shape)}"
+        for k in wanted
+        if k in found and found[k].shape != wanted[k].shape
+    ]
+    missing, extra = (
+        [k for k in wanted if k not in found and not k.endswith("num_batches_tracked")],
+        [k for k in found if k not in wanted],
+    )
+    for what, names in (("lacks", missing), ("has another shape of", shapes), ("has the unknown", extra)):
+        if names:
+            raise AevlpError(
+                f"{path}: {what} {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}; it "
+                f"belongs to another {of}."
+            )
+
 
 def load_backbone(backbone, path):  # a module, its weight file
     "Loads a local weight file into `backbone`; its classifier is left out, everything else must fit"
     found, wanted = read_weights(path), backbone.net.state_dict()
-    head = backbone.cfg.get('classifier') or 'fc'
-    heads = tuple(h + '.' for h in ([head] if isinstance(head, str) else head))
+    head = backbone.cfg.get("classifier") or "fc"
+    heads = tuple(h + "." for h in ([head] if isinstance(head, str) else head))
     found = {k: v for k, v in found.items() if not k.startswith(heads)}
-    _refuse_misfits(path, found, wanted, 'backbone')
+    _refuse_misfits(path, found, wanted, "backbone")
     backbone.net.load_state_dict(found, strict=False)
 
 # %% ../nbs/11_models.ipynb #ae20df85
-FROZEN = 'frozen'
+FROZEN = "frozen"
 
-def build_backbone(recipe,
-                   width=None):  # of the embeddings of a frozen backbone
+
+def build_backbone(recipe, width=None):  # of the embeddings of a frozen backbone
     "The backbone of `recipe` with its weights"
     name, weights, size = recipe.backbone, recipe.backbone_weights, recipe.image_size
-    if name == FROZEN: return _Frozen(width, recipe.frozen_hidden)
-    if name.startswith('clip:'):
-        return _ClipTower(name.removeprefix('clip:'), size, {'hub': 'openai', 'shipped': None}.get(weights, weights))
+    if name == FROZEN:
+        return _Frozen(width, recipe.frozen_hidden)
+    if name.startswith("clip:"):
+        return _ClipTower(name.removeprefix("clip:"), size, {"hub": "openai", "shipped": None}.get(weights, weights))
     known = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
-    fixed = {'img_size': size} if known and known.fixed_input_size else {}
-    backbone = _Timm(name, pretrained=weights == 'hub', **fixed)
-    if weights == 'shipped': load_backbone(backbone, shipped(STUDENT_WEIGHTS))
-    elif weights not in ('hub', 'none'): load_backbone(backbone, weights)
+    fixed = {"img_size": size} if known and known.fixed_input_size else {}
+    backbone = _Timm(name, pretrained=weights == "hub", **fixed)
+    if weights == "shipped":
+        load_backbone(backbone, shipped(STUDENT_WEIGHTS))
+    elif weights not in ("hub", "none"):
+        load_backbone(backbone, weights)
     return backbone
 
 # %% ../nbs/11_models.ipynb #09b1c6ea
 class Output(NamedTuple):
     "What a head with latents gives while training; in evaluation every classifier returns logits only"
-    logits: Tensor        # (B, C)
-    mu: Tensor            # latent means, (B, C, Z) for MIME, (B, Z) for SMILE
-    log_std: Tensor       # latent log deviations, same shape
+
+    logits: Tensor  # (B, C)
+    mu: Tensor  # latent means, (B, C, Z) for MIME, (B, Z) for SMILE
+    log_std: Tensor  # latent log deviations, same shape
     concentration1: Tensor = None  # SMILE: alpha of Beta(alpha, beta), (B, C)
     concentration0: Tensor = None  # SMILE: its beta
+
 
 def logits_of(output):  # a classifier's output
     "Logits (B, C) of any head"
     return output.logits if isinstance(output, Output) else output
 
+
 class LinearHead(nn.Linear):
     "One linear layer on pooled features"
+
     needs_map = False
+
 
 class BoostHead(nn.Module):
     "BoostLU: class activation map, positive part times `alpha`, spatial mean"
+
     needs_map = True
+
     def __init__(self, channels, n_classes, alpha):
         super().__init__()
         self.conv, self.alpha = nn.Conv2d(channels, n_classes, 1), alpha
@@ -167,35 +227,57 @@ class BoostHead(nn.Module):
 def sine_positions(height, width, channels, device=None):
     "2-D sine positions -> (height * width, channels): half of the channels for y, half for x"
     rate = 10000 ** (-torch.arange(0, channels // 2, 2, device=device) / (channels // 2))
-    def one(n): return torch.stack([f(2 * math.pi * torch.arange(1, n + 1, device=device)[:, None] / n * rate) for f in (torch.sin, torch.cos)], -1).flatten(1)
+
+    def one(n):
+        return torch.stack(
+            [
+                f(2 * math.pi * torch.arange(1, n + 1, device=device)[:, None] / n * rate)
+                for f in (torch.sin, torch.cos)
+            ],
+            -1,
+        ).flatten(1)
+
     y, x = one(height)[:, None].expand(-1, width, -1), one(width)[None].expand(height, -1, -1)
     return torch.cat([y, x], -1).flatten(0, 1)
 
+
 class _AttentionLayer(nn.Module):
     "A transformer layer: what attends, to what, and what it takes from there are given apart"
+
     def __init__(self, width, heads, ffn, dropout):
         super().__init__()
         self.attention = nn.MultiheadAttention(width, heads, dropout=dropout, batch_first=True)
         self.ffn = nn.Sequential(nn.Linear(width, ffn), nn.ReLU(), nn.Dropout(dropout), nn.Linear(ffn, width))
         self.norm1, self.norm2, self.dropout = nn.LayerNorm(width), nn.LayerNorm(width), nn.Dropout(dropout)
         for weight in self.parameters():
-            if weight.ndim > 1: nn.init.xavier_uniform_(weight)
+            if weight.ndim > 1:
+                nn.init.xavier_uniform_(weight)
 
     def forward(self, x, queries, keys, values):
         x = self.norm1(x + self.dropout(self.attention(queries, keys, values, need_weights=False)[0]))
         return self.norm2(x + self.dropout(self.ffn(x)))
 
+
 class MimeHead(nn.Module):
     "MIME: a latent per class under an information bottleneck"
+
     needs_map = True
+
     def __init__(self, channels, n_classes, width, heads, ffn, dropout, z, samples):
         super().__init__()
         self.project = nn.Identity() if channels == width else nn.Conv2d(channels, width, 1)
         self.queries = nn.Parameter(torch.randn(n_classes, width))
         self.encoder = _AttentionLayer(width, heads, ffn, dropout)
-        self.decoder, self.norm = nn.ModuleList(_AttentionLayer(width, heads, ffn, dropout) for _ in range(2)), nn.LayerNorm(width)
+        self.decoder, self.norm = (
+            nn.ModuleList(_AttentionLayer(width, heads, ffn, dropout) for _ in range(2)),
+            nn.LayerNorm(width),
+        )
         self.latent = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 2 * z))
-        self.weight, self.bias, self.samples = nn.Parameter(torch.empty(n_classes, z).uniform_(-z ** -.5, z ** -.5)), nn.Parameter(torch.zeros(n_classes)), samples
+        self.weight, self.bias, self.samples = (
+            nn.Parameter(torch.empty(n_classes, z).uniform_(-(z**-0.5), z**-0.5)),
+            nn.Parameter(torch.zeros(n_classes)),
+            samples,
+        )
 
     def decode(self, features):  # (B, F, h, w) -> (B, C, width)
         "One vector a class: positions and queries say where to look, and are not part of what is found"
@@ -203,20 +285,24 @@ class MimeHead(nn.Module):
         positions, x = sine_positions(*x.shape[2:], x.shape[1], x.device).to(x.dtype), x.flatten(2).transpose(1, 2)
         memory = self.encoder(x, x + positions, x + positions, x)
         found = torch.zeros_like(self.queries).expand(len(x), -1, -1)
-        for layer in self.decoder: found = layer(found, found + self.queries, memory + positions, memory)
+        for layer in self.decoder:
+            found = layer(found, found + self.queries, memory + positions, memory)
         return self.norm(found)
 
     def forward(self, features):  # (B, F, h, w)
         mu, log_std = self.latent(self.decode(features)).float().chunk(2, -1)
         log_std = (log_std / 2).clamp(-6, 6)
-        if not self.training: return (mu * self.weight).sum(-1) + self.bias
+        if not self.training:
+            return (mu * self.weight).sum(-1) + self.bias
         z = mu + log_std.exp() * torch.randn(self.samples, *mu.shape, device=mu.device).mean(0)
         return Output((z * self.weight).sum(-1) + self.bias, mu, log_std)
 
 # %% ../nbs/11_models.ipynb #8d6427b7
 class SmileHead(nn.Module):
     "SMILE: linear classifier beside a variational label enhancement"
+
     needs_map = False
+
     def __init__(self, channels, n_classes, z):
         super().__init__()
         self.classifier = nn.Linear(channels, n_classes)
@@ -225,85 +311,127 @@ class SmileHead(nn.Module):
 
     def forward(self, features):  # (B, F)
         logits = self.classifier(features)
-        if not self.training: return logits
+        if not self.training:
+            return logits
         mu, raw = self.latent(features).float().chunk(2, -1)
         std = nn.functional.softplus(raw) + 1e-6
         one, zero = (nn.functional.softplus(self.enhance(mu + std * torch.randn_like(std)).float()) + 1e-6).chunk(2, -1)
         return Output(logits, mu, std.log(), one, zero)
 
 # %% ../nbs/11_models.ipynb #c91de1b6
-HEADS = ('linear', 'boostlu', 'mime', 'smile')
+HEADS = ("linear", "boostlu", "mime", "smile")
+
 
 def _build_head(name, backbone, n_classes, recipe):
-    if name == 'linear': return LinearHead(backbone.pooled_channels, n_classes)
-    if name == 'smile': return SmileHead(backbone.pooled_channels, n_classes, recipe.mime_z)
-    channels = getattr(backbone, 'channels', None)
-    if channels is None: backbone.map(None)
-    if name == 'boostlu': return BoostHead(channels, n_classes, recipe.boost_alpha)
-    return MimeHead(channels, n_classes, recipe.mime_width, recipe.mime_heads, recipe.mime_ffn, recipe.mime_dropout, recipe.mime_z, recipe.mime_samples)
+    if name == "linear":
+        return LinearHead(backbone.pooled_channels, n_classes)
+    if name == "smile":
+        return SmileHead(backbone.pooled_channels, n_classes, recipe.mime_z)
+    channels = getattr(backbone, "channels", None)
+    if channels is None:
+        backbone.map(None)
+    if name == "boostlu":
+        return BoostHead(channels, n_classes, recipe.boost_alpha)
+    return MimeHead(
+        channels,
+        n_classes,
+        recipe.mime_width,
+        recipe.mime_heads,
+        recipe.mime_ffn,
+        recipe.mime_dropout,
+        recipe.mime_z,
+        recipe.mime_samples,
+    )
+
 
 class Classifier(nn.Module):
     "A backbone and a head; `mean`, `std` and `image_size` say what pictures it wants"
+
     def __init__(self, backbone, head, image_size):
         super().__init__()
         self.backbone, self.head, self.image_size = backbone, head, image_size
-        self.mean, self.std = tuple(backbone.cfg['mean']), tuple(backbone.cfg['std'])
+        self.mean, self.std = tuple(backbone.cfg["mean"]), tuple(backbone.cfg["std"])
 
     def forward(self, x):  # (B, 3, S, S) normalised -> (B, C) logits, or `Output` while training with a latent head
         return self.head(self.backbone.map(x) if self.head.needs_map else self.backbone(x))
 
-    def param_groups(self, lr, head_lr, weight_decay=0.):
+    def param_groups(self, lr, head_lr, weight_decay=0.0):
         "Groups for an optimizer: the backbone at `lr`, the head at `head_lr`"
-        groups = [dict(name=n, params=[p for p in m.parameters() if p.requires_grad], lr=r, weight_decay=weight_decay)
-                  for n, m, r in (('backbone', self.backbone, lr), ('head', self.head, head_lr))]
-        return [g for g in groups if g['params']]
+        groups = [
+            dict(name=n, params=[p for p in m.parameters() if p.requires_grad], lr=r, weight_decay=weight_decay)
+            for n, m, r in (("backbone", self.backbone, lr), ("head", self.head, head_lr))
+        ]
+        return [g for g in groups if g["params"]]
 
-def build_model(recipe,          # which backbone, weights, sizes
-                n_classes,       # C
-                head='linear',   # one of `HEADS`
-                width=None):     # of the embeddings, where the backbone is 'frozen'
+
+def build_model(
+    recipe,  # which backbone, weights, sizes
+    n_classes,  # C
+    head="linear",  # one of `HEADS`
+    width=None,
+):  # of the embeddings, where the backbone is 'frozen'
     "The classifier of `recipe`; random parts come from torch's global generator"
-    if head not in HEADS: raise AevlpError(f"head '{head}' should be one of {', '.join(HEADS)}.")
+    if head not in HEADS:
+        raise AevlpError(f"head '{head}' should be one of {', '.join(HEADS)}.")
     backbone = build_backbone(recipe, width)
     model = Classifier(backbone, _build_head(head, backbone, n_classes, recipe), recipe.image_size)
     model.head.requires_grad_(recipe.train_head)
     return model.to(memory_format=torch.channels_last) if recipe.channels_last else model
 
+
 @contextmanager
 def offline():
     "Inside, Hugging Face's hub is not asked: what is in its cache is used, and no more"
     before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
-    try: yield
-    finally: constants.HF_HUB_OFFLINE = before
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
 
 def _needs_no_network(name):  # of a backbone
     "Whether it is an architecture that timm or open_clip can build by itself"
-    if not name.startswith('clip:'): return name == FROZEN or timm.is_model(name)
-    config = open_clip.get_model_config(name.removeprefix('clip:')) if name.removeprefix('clip:') in open_clip.list_models() else None
-    return config is not None and 'hf_model_name' not in config.get('text_cfg', {})
+    if not name.startswith("clip:"):
+        return name == FROZEN or timm.is_model(name)
+    config = (
+        open_clip.get_model_config(name.removeprefix("clip:"))
+        if name.removeprefix("clip:") in open_clip.list_models()
+        else None
+    )
+    return config is not None and "hf_model_name" not in config.get("text_cfg", {})
 
-def described_model(recipe,     # of the header of a weight file, which anybody may have written
-                    n_classes,  # C
-                    head,       # one of `HEADS`
-                    path):      # the weight file
-    "The classifier that a weight file describes, with its weights: nothing is fetched, and nothing is made that the file does not fill"
+
+def described_model(
+    recipe,  # of the header of a weight file, which anybody may have written
+    n_classes,  # C
+    head,  # one of `HEADS`
+    path,
+):  # the weight file
+    "The classifier that a weight file describes, with its weights; nothing is fetched"
     if not _needs_no_network(recipe.backbone):
-        raise AevlpError(f"{path}: its backbone '{recipe.backbone}' is none that can be built without a network; train the run again.")
-    try: found = load_file(path)
-    except (SafetensorError, OSError, ValueError) as e: raise AevlpError(f'{path}: not a readable weight file ({_first_line(e)}).') from e
-    recipe, width = replace(recipe, backbone_weights='none'), None
-    if recipe.backbone == FROZEN: width = found['backbone.mean'].numel() if 'backbone.mean' in found else 1
-    if not recipe.backbone.startswith('clip:'):  # open_clip builds no model without memory
-        with torch.device('meta'): _refuse_misfits(path, found, build_model(recipe, n_classes, head, width).state_dict(), 'classifier')
+        raise AevlpError(
+            f"{path}: its backbone '{recipe.backbone}' is none that can be built without a network; train the run "
+            "again."
+        )
+    try:
+        found = load_file(path)
+    except (SafetensorError, OSError, ValueError) as e:
+        raise AevlpError(f"{path}: not a readable weight file ({_first_line(e)}).") from e
+    recipe, width = replace(recipe, backbone_weights="none"), None
+    if recipe.backbone == FROZEN:
+        width = found["backbone.mean"].numel() if "backbone.mean" in found else 1
+    if not recipe.backbone.startswith("clip:"):  # open_clip builds no model without memory
+        with torch.device("meta"):
+            _refuse_misfits(path, found, build_model(recipe, n_classes, head, width).state_dict(), "classifier")
     model = build_model(recipe, n_classes, head, width)
-    _refuse_misfits(path, found, model.state_dict(), 'classifier')
+    _refuse_misfits(path, found, model.state_dict(), "classifier")
     model.load_state_dict(found, strict=False)
     return model
 
 # %% ../nbs/11_models.ipynb #851e98ec
 BACKBONES = {  # the paper's name -> overrides of a recipe
-    'ResNet-50': dict(backbone='resnet50.tv_in1k'),
-    'ConvNeXt-L-1K': dict(backbone='convnext_large.fb_in1k'),
-    'ConvNeXt-L-22K': dict(backbone='convnext_large.fb_in22k'),
-    'ViT-L/14': dict(backbone='vit_large_patch14_clip_224.openai', image_size=448),
+    "ResNet-50": dict(backbone="resnet50.tv_in1k"),
+    "ConvNeXt-L-1K": dict(backbone="convnext_large.fb_in1k"),
+    "ConvNeXt-L-22K": dict(backbone="convnext_large.fb_in22k"),
+    "ViT-L/14": dict(backbone="vit_large_patch14_clip_224.openai", image_size=448),
 }

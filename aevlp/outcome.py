@@ -44,8 +44,12 @@ def read_json(
         raise AevlpError(f"{path}: should hold names with values in braces; put it right, or remove it")
     for name, kind in (kinds or {}).items():
         if found.get(name) is not None and not isinstance(found[name], kind):
-            words = {dict: "names with values", list: "a list", str: "text", bool: "true or false"}.get(kind, "a number")
-            raise AevlpError(f"{path}: {name} should be {words}, not {found[name]!r:.40}; put it right, or remove the file")
+            words = {dict: "names with values", list: "a list", str: "text", bool: "true or false"}.get(
+                kind, "a number"
+            )
+            raise AevlpError(
+                f"{path}: {name} should be {words}, not {found[name]!r:.40}; put it right, or remove the file"
+            )
     return found
 
 # %% ../nbs/12b_outcome.ipynb #7f5b4e3c
@@ -118,8 +122,13 @@ def write(
         ids = data.splits.get(split, np.empty(0, np.int64))
         names = [os.path.relpath(data.paths[i], root) for i in ids]
         targets = data.targets(split) if len(ids) else np.empty((0, len(data.class_names)), np.int8)
-        arrays |= {prefix + "ids": ids, prefix + "probs": probs[split], prefix + "targets": targets,
-                   prefix + "names": np.array(names, dtype=str), prefix + "observed": data.observed[ids]}
+        arrays |= {
+            prefix + "ids": ids,
+            prefix + "probs": probs[split],
+            prefix + "targets": targets,
+            prefix + "names": np.array(names, dtype=str),
+            prefix + "observed": data.observed[ids],
+        }
     with replacing(run_dir / "predictions.npz") as file:
         np.savez_compressed(file, **arrays)
     about = describe(data)
@@ -137,11 +146,19 @@ def describe(
     "What a run must know of the data that it was of."
     empty = data.splits.get("train", np.empty(0, np.int64))
     empty = int((~(data.targets("train") == 1).any(1)).sum()) if len(empty) else 0
-    given = {s: dict(zip(data.class_names, (data.observed[ids] == 1).sum(0).tolist(), strict=True))
-             for s, ids in data.splits.items()}
-    return dict(class_names=list(data.class_names), truth=data.truth is not None, root=common_folder(data), without_positive=empty,
-                summary=json.loads(data.summary().reset_index().to_json(orient="records")), given=given,
-                fingerprint=data.fingerprint)
+    given = {
+        s: dict(zip(data.class_names, (data.observed[ids] == 1).sum(0).tolist(), strict=True))
+        for s, ids in data.splits.items()
+    }
+    return dict(
+        class_names=list(data.class_names),
+        truth=data.truth is not None,
+        root=common_folder(data),
+        without_positive=empty,
+        summary=json.loads(data.summary().reset_index().to_json(orient="records")),
+        given=given,
+        fingerprint=data.fingerprint,
+    )
 
 # %% ../nbs/12b_outcome.ipynb #2ed1ef97
 def about(
@@ -149,7 +166,9 @@ def about(
 ) -> dict:  # {} for a run made before there was a `run.json`
     "What `run.json` says."
     path = Path(run_dir) / "run.json"
-    found = read_json(path, dict(truth=bool, root=str, summary=list, given=dict, thresholds_from=dict, without_positive=int))
+    found = read_json(
+        path, dict(truth=bool, root=str, summary=list, given=dict, thresholds_from=dict, without_positive=int)
+    )
     names = found.get("class_names")
     if found and not (isinstance(names, list) and names and all(isinstance(n, str) for n in names)):
         raise AevlpError(f"{path}: class_names should be a list of names; put it right, or remove the file")
@@ -162,13 +181,32 @@ def metrics(
     run_dir,  # of a run
 ) -> dict:  # {} for a run that is not finished
     "What `metrics.json` says."
-    kinds = dict.fromkeys(("test_map", "val_map", "best_epoch", "epochs_run", "average_precision", "average_recall",
-                           "clip_test_map", "clip_val_map", "fused_test_map", "fused_val_map", "fusion_weight"), (int, float))
+    kinds = dict.fromkeys(
+        (
+            "test_map",
+            "val_map",
+            "best_epoch",
+            "epochs_run",
+            "average_precision",
+            "average_recall",
+            "clip_test_map",
+            "clip_val_map",
+            "fused_test_map",
+            "fused_val_map",
+            "fusion_weight",
+        ),
+        (int, float),
+    )
     by_class = ("per_class", "per_class_positives", "per_class_auc_observed", "per_class_given")
     kinds |= dict.fromkeys((*by_class, "test", "val"), dict)
     found, path = read_json(Path(run_dir) / "metrics.json", kinds), Path(run_dir) / "metrics.json"
     numbers = {name: [value] for key in by_class for name, value in (found.get(key) or {}).items()}
-    numbers |= {name: value for key in ("test", "val") for name, value in (found.get(key) or {}).items() if isinstance(value, list)}
+    numbers |= {
+        name: value
+        for key in ("test", "val")
+        for name, value in (found.get(key) or {}).items()
+        if isinstance(value, list)
+    }
     for name, values in numbers.items():
         if not all(value is None or isinstance(value, (int, float)) for value in values):
             raise AevlpError(f"{path}: {name} should be a number; put it right, or remove the file")
@@ -199,7 +237,9 @@ def scored(
     except FileNotFoundError:
         return None
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as e:
-        raise AevlpError(f"{path}: cannot be read ({' '.join(str(e).split())}); remove it, or train the run again") from None
+        raise AevlpError(
+            f"{path}: cannot be read ({' '.join(str(e).split())}); remove it, or train the run again"
+        ) from None
     if found["probs"].shape != found["targets"].shape:
         raise AevlpError(f"{path}: probabilities and labels differ in shape; remove it, or train the run again")
     return Scored(tuple(map(str, found.get("names", ()))), found["probs"], found["targets"], found.get("observed"))
@@ -215,7 +255,9 @@ def thresholds(
     if not found:
         return {}
     if strange := [n for n in found if n not in class_names]:
-        raise AevlpError(f"{path}: '{strange[0]}' is no class of this run; the nearest is '{nearest(strange[0], class_names)}'")
+        raise AevlpError(
+            f"{path}: '{strange[0]}' is no class of this run; the nearest is '{nearest(strange[0], class_names)}'"
+        )
     for name in class_names:
         value = found.get(name)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
@@ -241,7 +283,9 @@ def keep_foreign(
     "The path, or a refusal to replace a file that no command made."
     path = Path(path)
     if path.is_dir() or not path.parent.is_dir():
-        raise AevlpError(f"{path} is a folder; name a file" if path.is_dir() else f"{path.parent} is not a folder; make it first")
+        raise AevlpError(
+            f"{path} is a folder; name a file" if path.is_dir() else f"{path.parent} is not a folder; make it first"
+        )
     if path.exists() and not ours(path):
         raise AevlpError(f"{path} is there already and was not made by this command; name another file, or remove it")
     return path

@@ -25,7 +25,18 @@ import numpy as np
 from fastcore.basics import patch
 from PIL import Image
 
-from .data import FORMATS, AevlpError, LabelledImages, _decode, _quietly, in_threads, made_here, nearest, progress, train_val_split
+from aevlp.data import (
+    FORMATS,
+    AevlpError,
+    LabelledImages,
+    _decode,
+    _quietly,
+    in_threads,
+    made_here,
+    nearest,
+    progress,
+    train_val_split,
+)
 
 # %% ../nbs/03b_own.ipynb #b308399c
 class _Folder:
@@ -82,8 +93,25 @@ class _Folder:
         return None if entry.is_file() else "not a file"
 
 # %% ../nbs/03b_own.ipynb #08e5b263
-PICTURES = tuple(sorted({e for e, form in Image.registered_extensions().items() if form in FORMATS} - {".pfm"}))  # of floats
-UNREADABLE = (".heic", ".heif", ".svg", ".psd", ".raw", ".cr2", ".cr3", ".nef", ".arw", ".dng", ".jp2", ".jxl", ".dcm", ".pdf")
+PICTURES = tuple(
+    sorted({e for e, form in Image.registered_extensions().items() if form in FORMATS} - {".pfm"})
+)  # of floats
+UNREADABLE = (
+    ".heic",
+    ".heif",
+    ".svg",
+    ".psd",
+    ".raw",
+    ".cr2",
+    ".cr3",
+    ".nef",
+    ".arw",
+    ".dng",
+    ".jp2",
+    ".jxl",
+    ".dcm",
+    ".pdf",
+)
 
 
 def is_picture(
@@ -212,7 +240,9 @@ def _text(path) -> str:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as e:
         line = data.count(b"\n", 0, e.start) + 1
-        raise AevlpError(f"{path}, line {line}: not UTF-8 (byte 0x{data[e.start]:02x}); save the file as UTF-8") from None
+        raise AevlpError(
+            f"{path}, line {line}: not UTF-8 (byte 0x{data[e.start]:02x}); save the file as UTF-8"
+        ) from None
 
 # %% ../nbs/03b_own.ipynb #e95040e2
 _TAKEN = ("image", "label", "labels", "split")
@@ -222,7 +252,9 @@ def tidy(
     name: str,  # as somebody wrote it
 ) -> str:
     "One Unicode form, single spaces, nothing invisible."
-    name = "".join(" " if c.isspace() else c for c in unicodedata.normalize("NFC", name) if unicodedata.category(c) != "Cf")
+    name = "".join(
+        " " if c.isspace() else c for c in unicodedata.normalize("NFC", name) if unicodedata.category(c) != "Cf"
+    )
     return " ".join(name.split())
 
 
@@ -231,7 +263,10 @@ def wrong_name(
 ) -> str | None:
     "Why a class cannot have this name."
     if name.casefold() in _TAKEN:
-        return f"no class can be called {name!r}, for tables of labels have a column of that name; rename it, as in '{name} (class)'"
+        return (
+            f"no class can be called {name!r}, for tables of labels have a column of that name; rename it, as in "
+            f"'{name} (class)'"
+        )
     if any(unicodedata.category(c).startswith("C") for c in name):
         return f"the class name {name!r} holds control characters; leave them out"
     return None
@@ -278,12 +313,18 @@ def split_cells(
     if separator is None:
         separator = next((s for s in "|;," if _recombines(distinct - whole, s)), "none")
         if separator != "none":
-            notes.append(f"labels of a picture are separated by {separator!r}; --separator none takes each cell for one name")
+            notes.append(
+                f"labels of a picture are separated by {separator!r}; --separator none takes each cell for one name"
+            )
         for odd in [c for c in sorted(distinct - whole) if separator == "none" and re.search("[|;]", c)][:5]:
-            notes.append(f"{odd!r} is taken for one class; --separator {re.search('[|;]', odd)[0]!r} makes several of it")
+            notes.append(
+                f"{odd!r} is taken for one class; --separator {re.search('[|;]', odd)[0]!r} makes several of it"
+            )
         words = sum(" " in c for c in distinct)
         if separator == "none" and words > 2 and 2 * words > len(distinct) and _recombines(distinct, " "):
-            notes.append("labels hold spaces and their words come back in others; where they are tags, give --separator ' '")
+            notes.append(
+                "labels hold spaces and their words come back in others; where they are tags, give --separator ' '"
+            )
     split = (lambda c: [c]) if separator == "none" else (lambda c: [c] if c in whole else c.split(separator))
     out = []
     for cell in map(str.strip, cells):
@@ -355,7 +396,9 @@ class _Table:
                          for line, cells in rows if len(cells) != len(header)]  # fmt: skip
         self.rows = [r for r in rows if len(r[1]) == len(header)]
         if any(is_picture(n) for n in self.names):
-            raise self.wrong(f"{self.names[:5]} are no names of columns; the first line must name the columns, as image,label")
+            raise self.wrong(
+                f"{self.names[:5]} are no names of columns; the first line must name the columns, as image,label"
+            )
         self.ignored = self._row_numbers()
         self.image, self.label, self.split = self._image(), None, None
         self.label = self._label()
@@ -374,7 +417,9 @@ class _Table:
             cells = [c.strip() for c in self.column(i)] if not name or _plain(name) in ("unnamed0", "index") else None
             if cells is None:
                 continue
-            if not any(cells) or (len(cells) > 2 and cells in ([str(k + s) for k in range(len(cells))] for s in (0, 1))):
+            if not any(cells) or (
+                len(cells) > 2 and cells in ([str(k + s) for k in range(len(cells))] for s in (0, 1))
+            ):
                 found.append(i)
             elif not name:
                 raise self.wrong("a column has no name")
@@ -397,7 +442,9 @@ def _only(self: _Table, what, found) -> int | None:
     "The one column, or None; two are refused."
     names = [self.names[i] for i in found]
     if len(found) > 1:
-        twice = f"column {names[0]!r} occurs twice" if len(set(names)) == 1 else f"{names} may all be the column {what!r}"
+        twice = (
+            f"column {names[0]!r} occurs twice" if len(set(names)) == 1 else f"{names} may all be the column {what!r}"
+        )
         raise self.wrong(f"{twice}; call the right one {what!r}")
     if found and names[0].casefold() != what:
         self.notes.append(f"column {names[0]!r} is taken for {what!r}")
@@ -410,7 +457,9 @@ def _image(self: _Table) -> int:
     some = self.rows[:: max(1, len(self.rows) // 20)][:20]
 
     def found(i):
-        return bool(some) and sum(not self.finder.seek(c[i].strip())[1] for _, c in some if c[i].strip()) * 2 >= len(some)
+        return bool(some) and sum(not self.finder.seek(c[i].strip())[1] for _, c in some if c[i].strip()) * 2 >= len(
+            some
+        )
 
     named = self._known_as("image", lambda i: True)
     if len(named) > 1 and len({self.names[i] for i in named}) > 1:
@@ -419,13 +468,17 @@ def _image(self: _Table) -> int:
         named = [i for i in range(len(self.names)) if i not in self.ignored and found(i)]
     self.finder.taken.clear()
     if not named:
-        raise self.wrong(f"no column 'image' among {self.names[:5]}; the first line must name the columns, that of file names 'image'")
+        raise self.wrong(
+            f"no column 'image' among {self.names[:5]}; the first line must name the columns, that of file names "
+            "'image'"
+        )
     return self._only("image", named)
 
 
 @patch
 def _label(self: _Table) -> int | None:
     "The column of labels, if there is one."
+
     def names(i):  # a column of 0 and 1 is a class of this name
         return not all(_value(c) != "odd" for c in self.column(i))
 
@@ -435,13 +488,16 @@ def _label(self: _Table) -> int | None:
 @patch
 def _split(self: _Table) -> int | None:
     "The column of splits, if there is one."
+
     def words(i):
         cells = {c.strip().casefold() for c in self.column(i)}
         flag = _plain(self.names[i]) in ("isvalid", "istest")
         return all(_value(c) in (0, 1) for c in cells) if flag else bool(cells) and cells <= set(_SPLITS)
 
     exact = [i for i, n in enumerate(self.names) if n.casefold() == "split"]
-    return self._only("split", exact or [i for i in self._known_as("split", words) if i not in (self.image, self.label)])
+    return self._only(
+        "split", exact or [i for i in self._known_as("split", words) if i not in (self.image, self.label)]
+    )
 
 # %% ../nbs/03b_own.ipynb #957dc11d
 def _picture_of(table) -> tuple:  # names of pictures, the picture of each row (-1: none)
@@ -465,7 +521,11 @@ def _positives(table, at, n, classes, separator) -> tuple:  # class names, (n, C
     written = defaultdict(set)
     for cell in {c.strip() for c in cells}:
         written[tidy(cell)].add(cell)
-    table.notes += [f"{name!r} is written in {len(w)} ways that look the same; it is one class" for name, w in sorted(written.items()) if len(w) > 1]
+    table.notes += [
+        f"{name!r} is written in {len(w)} ways that look the same; it is one class"
+        for name, w in sorted(written.items())
+        if len(w) > 1
+    ]
     says = _row_values(table)
     known = list(classes) if classes is not None else sorted({name for row in rows for name in row})
     column, observed = {c: i for i, c in enumerate(known)}, np.zeros((n, len(known)), np.int8)
@@ -492,7 +552,10 @@ def _row_values(table) -> list:  # 1, 0 or -1 a row
     says = [i for i in left if all(_value(c) in (0, 1, -1) for c in table.column(i)) and table.rows]
     named = [i for i in says if _plain(table.names[i]) in _POLARITY.split()]
     for i in set(says) - set(named):
-        raise table.wrong(f"besides {table.names[table.label]!r} there is {table.names[i]!r} of 0 and 1; use either labels or columns of 0/1")
+        raise table.wrong(
+            f"besides {table.names[table.label]!r} there is {table.names[i]!r} of 0 and 1; use either labels or "
+            "columns of 0/1"
+        )
     table.ignored += [i for i in left if i not in named]
     if not named:
         return [1] * len(table.rows)
@@ -507,10 +570,15 @@ def _class_columns(table, classes) -> list:  # positions
         odd = [c for c in classes if c not in [table.names[i] for i in left]]
         if odd:
             raise AevlpError(f"{table.path}: class {odd[0]!r} is no column")
-        extra = [table.names[i] for i in left if table.names[i] not in classes and any(_value(c) in (0, 1) for c in table.column(i))]
+        extra = [
+            table.names[i]
+            for i in left
+            if table.names[i] not in classes and any(_value(c) in (0, 1) for c in table.column(i))
+        ]
         if extra:
             raise AevlpError(f"{table.path}: class {extra[0]!r} is a column, but not a known class")
         return [table.names.index(c) for c in classes]
+
     def says(i):  # some 0 or 1, or nothing at all
         values = {_value(c) for c in table.column(i)}
         return bool(values & {0, 1, -1}) or values <= {None}
@@ -538,10 +606,19 @@ def _matrix(table, at, n, classes) -> tuple:  # class names, (n, C) observed, tr
             value = _value(row[j])
             cells[i, k] = unsaid if value is None else odd if value == "odd" else value
             if value == "odd":
-                table.problems.append((line, f"column {table.names[j]!r} holds {row[j]!r}; 1, 0, or nothing where it is unknown, is needed"))
+                table.problems.append(
+                    (
+                        line,
+                        f"column {table.names[j]!r} holds {row[j]!r}; 1, 0, or nothing where it is unknown, is needed",
+                    )
+                )
     if (cells == minus).any():
         zeros = (cells == 0).any()
-        table.notes.append("-1 is read as unknown, for 0 says that a class is not there" if zeros else "-1 is read as: the class is not there")
+        table.notes.append(
+            "-1 is read as unknown, for 0 says that a class is not there"
+            if zeros
+            else "-1 is read as: the class is not there"
+        )
         cells[cells == minus] = unsaid if zeros else 0
     truth = np.full((n, len(columns)), -1, np.int8)
     for i, (line, _) in enumerate(table.rows):
@@ -550,7 +627,9 @@ def _matrix(table, at, n, classes) -> tuple:  # class names, (n, C) observed, tr
         old, new = truth[at[i]], np.where(cells[i] >= 0, cells[i], -1)
         clash = np.flatnonzero((old >= 0) & (new >= 0) & (old != new))
         if len(clash):
-            table.problems.append((line, f"an earlier row of the picture says something else of {table.names[columns[clash[0]]]!r}"))
+            table.problems.append(
+                (line, f"an earlier row of the picture says something else of {table.names[columns[clash[0]]]!r}")
+            )
         truth[at[i]] = np.where(new >= 0, new, old)
     return [table.names[j] for j in columns], np.select([truth == 1, truth == 0], [1, -1], 0).astype(np.int8), truth
 
@@ -578,7 +657,9 @@ def _csv_splits(table, at, n) -> dict:
     "From the column `split`, else drawn."
     if table.split is None:
         if n < 5:
-            table.problems.append((table.rows[-1][0] if table.rows else 1, f"only {n} images; at least 5 are needed to split them"))
+            table.problems.append(
+                (table.rows[-1][0] if table.rows else 1, f"only {n} images; at least 5 are needed to split them")
+            )
             return {}
         return _drawn(n)
     of, flag = {}, {"isvalid": "val", "istest": "test"}.get(_plain(table.names[table.split]))
@@ -608,10 +689,16 @@ def table(
     images, at = _picture_of(found)
     splits = _csv_splits(found, at, len(images))
     classes = _class_list(classes)
-    read = _matrix(found, at, len(images), classes) if found.label is None else _positives(found, at, len(images), classes, separator)
+    read = (
+        _matrix(found, at, len(images), classes)
+        if found.label is None
+        else _positives(found, at, len(images), classes, separator)
+    )
     _report(path, [f"line {line}: {what}" for line, what in sorted(found.problems)])
     if found.ignored:
-        found.notes.append(f"columns that are not used: {', '.join(found.names[i] or 'the unnamed one' for i in found.ignored)}")
+        found.notes.append(
+            f"columns that are not used: {', '.join(found.names[i] or 'the unnamed one' for i in found.ignored)}"
+        )
     return _own("csv", [os.path.join(finder.root, n) for n in images], *read, splits, found.notes)
 
 
@@ -620,7 +707,9 @@ def _own(name, paths, classes, observed, truth, splits, notes, extra=None) -> La
     if all(c.lstrip("-").isdigit() for c in classes):
         notes = [*notes, f"the classes are called by numbers ({', '.join(classes[:3])}); CLIP reads names: give words"]
     notes = [*notes, *(f"classes that look alike: {', '.join(group)}" for group in look_alike(classes))]
-    return LabelledImages(name, paths, classes, observed, truth, splits, (extra or {}) | {"notes": tuple(notes)}, own=True)
+    return LabelledImages(
+        name, paths, classes, observed, truth, splits, (extra or {}) | {"notes": tuple(notes)}, own=True
+    )
 
 
 def _only_csv(root) -> Path:
@@ -647,7 +736,11 @@ def _class_folders(root) -> list:
 
 
 def _split_folders(root) -> dict:  # split -> folder
-    return {_SPLITS[p.name.casefold()]: p for p in sorted(Path(root).iterdir()) if p.is_dir() and p.name.casefold() in _SPLITS}
+    return {
+        _SPLITS[p.name.casefold()]: p
+        for p in sorted(Path(root).iterdir())
+        if p.is_dir() and p.name.casefold() in _SPLITS
+    }
 
 
 def folders(
@@ -691,6 +784,7 @@ def coco_files(
 def _categories(path) -> list | None:
     "The names of a COCO file's categories, without reading all of it; None where it is no such file."
     import mmap
+
     try:
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             at = max(data.rfind(b'"categories"'), 0)
@@ -713,12 +807,21 @@ class _Coco:
         parts = {k: found.get(k) if isinstance(found, dict) else None for k in ("images", "annotations", "categories")}
         for key, value in parts.items():
             if not isinstance(value, list):
-                raise AevlpError(f"{path}: no list {key!r}, as a COCO file has it; export the annotations as COCO instances")
+                raise AevlpError(
+                    f"{path}: no list {key!r}, as a COCO file has it; export the annotations as COCO instances"
+                )
         self.names = self._by_id("categories", parts["categories"], "name", tidy)
         self.files = self._by_id("images", parts["images"], "file_name", str)
-        self.rows = [(i, c, a) for n, x in enumerate(parts["annotations"]) for i, c, a in [self._annotation(n, x)] if i is not None]
+        self.rows = [
+            (i, c, a)
+            for n, x in enumerate(parts["annotations"])
+            for i, c, a in [self._annotation(n, x)]
+            if i is not None
+        ]
         twice = [n for n, k in Counter(self.names.values()).items() if k > 1]
-        self.problems += [f"category {n!r} occurs twice" for n in twice] + [w for n in self.names.values() if (w := wrong_name(n))]
+        self.problems += [f"category {n!r} occurs twice" for n in twice] + [
+            w for n in self.names.values() if (w := wrong_name(n))
+        ]
         _report(path, self.problems)
 
 # %% ../nbs/03b_own.ipynb #c429f3b5
@@ -751,7 +854,9 @@ def _annotation(self: _Coco, n, entry) -> tuple:  # image id, category id, squar
     for key, known in (("image_id", self.files), ("category_id", self.names)):
         value = _whole(entry.get(key))
         if value is None or str(value) not in known:
-            self.problems.append(f"annotations[{n}]: {key} {value!r} is no id of {'images' if key == 'image_id' else 'categories'}")
+            self.problems.append(
+                f"annotations[{n}]: {key} {value!r} is no id of {'images' if key == 'image_id' else 'categories'}"
+            )
             return None, None, None
         ids.append(str(value))
     area, box = entry.get("area"), entry.get("bbox")
@@ -760,8 +865,6 @@ def _annotation(self: _Coco, n, entry) -> tuple:  # image id, category id, squar
     except (TypeError, ValueError, IndexError, KeyError):
         area = np.nan  # needed for observation=size only, which says so
     return *ids, area
-
-
 
 
 def _split_of(path) -> str | None:
@@ -783,7 +886,10 @@ def coco(
         raise AevlpError(f"{root} holds no COCO annotation file; give it with --csv FILE.json")
     of = [_split_of(p) for p in files] if len(files) > 1 else [None]
     if len(files) > 1 and (None in of or len(set(of)) < len(of)):
-        raise AevlpError(f"{root}: which of {', '.join(p.name for p in files)} is for train, val and test? call them so, or give one with --csv")
+        raise AevlpError(
+            f"{root}: which of {', '.join(p.name for p in files)} is for train, val and test? call them so, or give "
+            "one with --csv"
+        )
     classes = list(dict.fromkeys(n for part in parts for n in part.names.values()))
     column, finder, problems = {c: k for k, c in enumerate(classes)}, _Finder(root), []
     images, truth, area, splits = [], [], [], {}
@@ -801,19 +907,31 @@ def coco(
             truth[-1][at], area[-1][at] = 1, area[-1][at] + size
     twice = [n for n, k in Counter(images).items() if k > 1 and n]
     _report(root, problems + [f"{n!r} is listed twice, in one file or in two" for n in twice])
-    truth, area, notes = np.concatenate(truth), np.concatenate(area), [f"{n} {what}" for what, n in finder.taken.items() if "absolute" not in what]
+    truth, area, notes = (
+        np.concatenate(truth),
+        np.concatenate(area),
+        [f"{n} {what}" for what, n in finder.taken.items() if "absolute" not in what],
+    )
     if None in splits and len(images) < 5:
         raise AevlpError(f"{root}: only {len(images)} images; at least 5 are needed to split them")
-    splits = _drawn(len(images)) if None in splits else _with_val({s: splits.get(s, []) for s in ("train", "val", "test")}, notes)
+    splits = (
+        _drawn(len(images))
+        if None in splits
+        else _with_val({s: splits.get(s, []) for s in ("train", "val", "test")}, notes)
+    )
     extra = {} if np.isnan(area).any() else {"object_area": area}
-    return _own("own-coco", [os.path.join(finder.root, n) for n in images], classes, 2 * truth - 1, truth, splits, notes, extra)
+    return _own(
+        "own-coco", [os.path.join(finder.root, n) for n in images], classes, 2 * truth - 1, truth, splits, notes, extra
+    )
 
 
 def _image_folders(root, path) -> list:
     "Where the pictures of an annotation file usually lie: instances_train2014.json names those of train2014/."
     named = path.stem.removeprefix("instances_")
     split = _split_of(path) or ""
-    return [os.path.join(root, f) for f in (named, split, f"images/{named}", f"images/{split}", "images", "data")] + [str(path.absolute().parent)]
+    return [os.path.join(root, f) for f in (named, split, f"images/{named}", f"images/{split}", "images", "data")] + [
+        str(path.absolute().parent)
+    ]
 
 # %% ../nbs/03b_own.ipynb #f77d1991
 def voc_base(
@@ -846,7 +964,9 @@ def voc(
     base, problems = voc_base(root), []
     files = sorted((base / "Annotations" if (base / "Annotations").is_dir() else base).glob("*.xml"))
     if not files:
-        raise AevlpError(f"{base / 'Annotations'} holds no XML files; give the folder that holds Annotations and JPEGImages as root")
+        raise AevlpError(
+            f"{base / 'Annotations'} holds no XML files; give the folder that holds Annotations and JPEGImages as root"
+        )
     read = {p.stem: _voc_xml(p, problems) for p in progress(files, "reading annotations")}
     classes = sorted({n for _, names in read.values() for n in names} - {""})
     finder = _Finder(base, [str(base / "JPEGImages"), str(base / "images"), str(base / "Annotations")])
@@ -856,15 +976,28 @@ def voc(
         found, wrong = finder.seek(stem) if wrong else (found, wrong)
         problems += [f"{stem}.xml: {wrong}"] if wrong else []
         images.append(found)
-    truth = np.array([[c in names for c in classes] for _, names in read.values()], np.int8).reshape(len(read), len(classes))
+    truth = np.array([[c in names for c in classes] for _, names in read.values()], np.int8).reshape(
+        len(read), len(classes)
+    )
     row, notes = {stem: i for i, stem in enumerate(read)}, []
     lists = {s: base / f"ImageSets/Main/{s}.txt" for s in ("train", "val", "test")}
-    lists = {s: [w[0] for line in _text(p).splitlines() if (w := line.split())] for s, p in lists.items() if p.is_file()}
-    problems += [f"ImageSets/Main/{s}.txt names {i!r}, which has no annotation" for s, ids in lists.items() for i in ids if i not in row]
+    lists = {
+        s: [w[0] for line in _text(p).splitlines() if (w := line.split())] for s, p in lists.items() if p.is_file()
+    }
+    problems += [
+        f"ImageSets/Main/{s}.txt names {i!r}, which has no annotation"
+        for s, ids in lists.items()
+        for i in ids
+        if i not in row
+    ]
     _report(base, problems)
     if not lists and len(images) < 5:
         raise AevlpError(f"{base}: only {len(images)} images; at least 5 are needed to split them")
-    splits = _with_val({s: sorted({row[i] for i in lists.get(s, ())}) for s in ("train", "val", "test")}, notes) if lists else _drawn(len(images))
+    splits = (
+        _with_val({s: sorted({row[i] for i in lists.get(s, ())}) for s in ("train", "val", "test")}, notes)
+        if lists
+        else _drawn(len(images))
+    )
     return _own("own-voc", [os.path.join(finder.root, n) for n in images], classes, 2 * truth - 1, truth, splits, notes)
 
 # %% ../nbs/03b_own.ipynb #48f586e0
@@ -889,7 +1022,10 @@ def kind(
         return "coco" if official_coco(root) else "own-coco"
     if _class_folders(root) or any(_class_folders(f) for f in _split_folders(root).values()):
         return "folders"
-    raise AevlpError(f"{root} holds pictures at best, but no labels: no CSV, COCO or VOC annotations, no folder per class; give the labels with --csv FILE")
+    raise AevlpError(
+        f"{root} holds pictures at best, but no labels: no CSV, COCO or VOC annotations, no folder per class; give "
+        "the labels with --csv FILE"
+    )
 
 
 def official_voc(root) -> bool:
@@ -900,12 +1036,17 @@ def official_voc(root) -> bool:
 def official_coco(root) -> bool:
     "Whether the categories are those of MS-COCO."
     from aevlp.benchmarks import class_names
+
     root = Path(root).expanduser()
     paths = [root / p / "annotations/instances_train2014.json" for p in ("", "annotations_trainval2014")]
     return any(set(_categories(p) or ()) == set(class_names("coco")) for p in paths)
 
 # %% ../nbs/03b_own.ipynb #199d1039
-_THUMB, _ALIKE, _BITS = 16, 6.0, 8  # pixels a side; grey levels and bits of the hash in which copies differ at most, saved again or scaled
+_THUMB, _ALIKE, _BITS = (
+    16,
+    6.0,
+    8,
+)  # pixels a side; grey levels and bits of the hash in which copies differ at most, saved again or scaled
 
 
 def _thumb(pixels) -> np.ndarray:  # (16, 16, 3) uint8
@@ -979,8 +1120,13 @@ def _beside(data) -> dict:  # what -> names
                 continue
             if made_here(path):
                 continue
-            what = ("pictures without a label" if is_picture(name) else "unsupported pictures"
-                    if name.lower().endswith(UNREADABLE) and not name.startswith("._") else "ignored files")
+            what = (
+                "pictures without a label"
+                if is_picture(name)
+                else "unsupported pictures"
+                if name.lower().endswith(UNREADABLE) and not name.startswith("._")
+                else "ignored files"
+            )
             found[what].append(os.path.relpath(path, root))
     return found
 
@@ -992,11 +1138,15 @@ def look(
     data: LabelledImages,
 ) -> list:  # of (what, found, expected or None)
     "What `aevlp data check` says of own pictures besides their numbers."
-    names = np.array([os.path.relpath(p, os.path.commonpath({os.path.dirname(q) for q in data.paths})) for p in data.paths])
+    names = np.array(
+        [os.path.relpath(p, os.path.commonpath({os.path.dirname(q) for q in data.paths})) for p in data.paths]
+    )
     thumbs, broken = open_all(data)
     of = {i: s for s, ids in data.splits.items() for i in ids.tolist()}
     beside, rows = _beside(data), [("broken pictures", [f"{names[i]}: {wrong}" for i, wrong in broken.items()], [])]
-    rows.append(("unsupported pictures", [f"{n}: save it as JPEG or PNG" for n in beside["unsupported pictures"]], None))
+    rows.append(
+        ("unsupported pictures", [f"{n}: save it as JPEG or PNG" for n in beside["unsupported pictures"]], None)
+    )
     rows += [(what, beside[what], None) for what in ("pictures without a label", "ignored files")]
     pairs = copies(data, thumbs, broken)
     rows.append(("copies in two splits", [f"{names[i]} ({of[i]}) and {names[j]} ({of[j]})" for i, j in pairs], None))
@@ -1004,9 +1154,14 @@ def look(
     for split, count in counts.items():
         missing = [data.class_names[c] for c in np.flatnonzero(count == 0)]
         rows.append((f"classes without a {split} picture", missing if len(data.splits[split]) else [], None))
-    few = [f"{data.class_names[c]} ({counts['train'][c]})" for c in np.flatnonzero((counts["train"] > 0) & (counts["train"] < _RARE))]
+    few = [
+        f"{data.class_names[c]} ({counts['train'][c]})"
+        for c in np.flatnonzero((counts["train"] > 0) & (counts["train"] < _RARE))
+    ]
     rows.append((f"classes with fewer than {_RARE} training pictures", few, None))
-    rows.append(("classes that look alike: write each in one way", [" / ".join(g) for g in look_alike(data.class_names)], []))
+    rows.append(
+        ("classes that look alike: write each in one way", [" / ".join(g) for g in look_alike(data.class_names)], [])
+    )
     rows.append(("labels", labels_said(data), None))
     rows.append(("read", [n for n in data.extra.get("notes", ()) if "look alike" not in n], None))
     return [(what, found, wanted) for what, found, wanted in rows if found or wanted is not None]
@@ -1019,13 +1174,21 @@ def labels_said(
     seen = (data.observed[data.splits["train"]] == 1).sum(1)
     if data.truth is None:
         several = int((seen > 1).sum())
-        return (f"positives only, {'one' if not several else 'one or more'} a picture; what is not named is unknown, "
-                "and without clean labels nothing is called mAP")
+        return (
+            f"positives only, {'one' if not several else 'one or more'} a picture; what is not named is unknown, "
+            "and without clean labels nothing is called mAP"
+        )
     full = int((data.truth >= 0).all(1).sum())
-    used = "all are used as given; --observation uniform keeps only one positive label a picture, drawn as the field draws it"
+    used = (
+        "all are used as given; --observation uniform keeps only one positive label a picture, drawn as the field "
+        "draws it"
+    )
     if (data.observed[data.splits["train"]] >= 0).all() and (seen <= 1).all():
         used = "only one positive label a training picture is observed"
-    return f"full labels of {full} of {len(data)} pictures{', partial ones of the others' if full < len(data) else ''}: {used}"
+    return (
+        f"full labels of {full} of {len(data)} pictures{', partial ones of the others' if full < len(data) else ''}: "
+        f"{used}"
+    )
 
 
 def stumble(

@@ -28,75 +28,104 @@ from .data import AevlpError
 
 # %% ../nbs/15e_pages.ipynb #2446742f
 def checked(
-    dataset: str | None = None, # name of a benchmark; default 'glyphs', or your own pictures where a folder or a CSV is given
-    root=None, # folder of the data set, or of your own pictures
-    csv=None, # labels of your own pictures
-    run=None, # folder, name, or beginning of the name of a run
-    overrides=None, # fields of the recipe
-    folder=None, # of all runs
-) -> dict: # dataset, root, csv, run, overrides as a page takes them
+    dataset: str
+    | None = None,  # name of a benchmark; default 'glyphs', or your own pictures where a folder or a CSV is given
+    root=None,  # folder of the data set, or of your own pictures
+    csv=None,  # labels of your own pictures
+    run=None,  # folder, name, or beginning of the name of a run
+    overrides=None,  # fields of the recipe
+    folder=None,  # of all runs
+) -> dict:  # dataset, root, csv, run, overrides as a page takes them
     "What a page is about, or one sentence that says why it cannot be."
     if run is not None:
         run = runs.find(run, folder)
         params = runs.read_params(run)
-        if (state := runs.status(run)['state']) != 'done': raise AevlpError(f'run {run.name} is {state}; finish it with `aevlp train`, then open it')
-        dataset, root, csv = (params.get(k) for k in ('dataset', 'root', 'csv'))
+        if (state := runs.status(run)["state"]) != "done":
+            raise AevlpError(f"run {run.name} is {state}; finish it with `aevlp train`, then open it")
+        dataset, root, csv = (params.get(k) for k in ("dataset", "root", "csv"))
     from aevlp import benchmarks
-    absolute = lambda p: str(Path(p).expanduser().absolute()) if p else None
+
+    def absolute(p):
+        return str(Path(p).expanduser().absolute()) if p else None
+
     given = dict(dataset=dataset, root=absolute(root), csv=absolute(csv), run=absolute(run), overrides=overrides or {})
-    for path, there in ((given['root'], os.path.isdir), (given['csv'], os.path.isfile)):
-        if path and not there(path): raise AevlpError(f'{path}: there is no such {"folder" if there is os.path.isdir else "file"}')
-    given['dataset'] = name = benchmarks.resolve(dataset, given['root'], given['csv'])
-    if csv and not root: given['root'] = str(Path(given['csv']).parent)
-    own = None if name in recipes.DATASETS else benchmarks.load(name, **{k: given[k] for k in ('root', 'csv') if given[k]})
-    recipes.recipe(name, 'aevlp', data=own, **given['overrides'])
+    for path, there in ((given["root"], os.path.isdir), (given["csv"], os.path.isfile)):
+        if path and not there(path):
+            raise AevlpError(f"{path}: there is no such {'folder' if there is os.path.isdir else 'file'}")
+    given["dataset"] = name = benchmarks.resolve(dataset, given["root"], given["csv"])
+    if csv and not root:
+        given["root"] = str(Path(given["csv"]).parent)
+    own = (
+        None
+        if name in recipes.DATASETS
+        else benchmarks.load(name, **{k: given[k] for k in ("root", "csv") if given[k]})
+    )
+    recipes.recipe(name, "aevlp", data=own, **given["overrides"])
     return given
 
 # %% ../nbs/15e_pages.ipynb #59c1abb8
-_SENTENCES = '''from aevlp.pages import say_errors
-say_errors()'''
+_SENTENCES = """from aevlp.pages import say_errors
+say_errors()"""
 
 
 def say_errors():
     "In a notebook: an exception shows as one sentence instead of a traceback."
     from IPython import get_ipython
     from IPython.display import HTML, display
+
     def show(shell, kind, error, traceback, tb_offset=None):
         known = isinstance(error, AevlpError)
-        text = ' '.join(str(error).split()) if known else f'{kind.__name__}: {" ".join(str(error).split())} (AEVLP_DEBUG=1 shows where)'
+        text = (
+            " ".join(str(error).split())
+            if known
+            else f"{kind.__name__}: {' '.join(str(error).split())} (AEVLP_DEBUG=1 shows where)"
+        )
         display(HTML(f'<p role="alert" style="font: 15px sans-serif; color: #B34700">aevlp: {html.escape(text)}</p>'))
-    if not os.environ.get('AEVLP_DEBUG'): get_ipython().set_custom_exc((Exception,), show)
+
+    if not os.environ.get("AEVLP_DEBUG"):
+        get_ipython().set_custom_exc((Exception,), show)
 
 
 def notebook(
-    given: dict, # of `checked`
-    review=None, # {'out': CSV of your decisions, 'split', 'order'}: the review instead of the explorer
-    folder=None, # of all runs
+    given: dict,  # of `checked`
+    review=None,  # {'out': CSV of your decisions, 'split', 'order'}: the review instead of the explorer
+    folder=None,  # of all runs
 ) -> Path:
     "A copy of the explorer or the review notebook that opens on what is given."
     import nbformat
     from papermill.iorw import load_notebook_node
     from papermill.parameterize import parameterize_notebook
-    source = runs._experiments().parent/f"tutorials/{'review' if review else 'explore'}.ipynb"
-    if not source.is_file(): raise AevlpError(f'{source} is missing; install the package again')
+
+    source = runs._experiments().parent / f"tutorials/{'review' if review else 'explore'}.ipynb"
+    if not source.is_file():
+        raise AevlpError(f"{source} is missing; install the package again")
     values = given | (review or {})
     nb = parameterize_notebook(load_notebook_node(str(source)), values)
-    about = Path(given['run'] or given['csv'] or given['dataset']).stem
-    code = [f'# {source.stem} of {about}: the code of this page', _SENTENCES, *(c.source for c in nb.cells if c.cell_type == 'code')]
-    nb.cells = [nbformat.v4.new_code_cell('\n\n'.join(code), metadata={'jupyter': {'source_hidden': True}})]
-    name = f"{source.stem}-{re.sub(r'[^A-Za-z0-9_-]+', '_', about)}-{sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:6]}.ipynb"
-    for top in (Path(folder or runs.runs_root()).absolute(), Path(tempfile.gettempdir())/f'aevlp-{os.getuid()}'): # runs may be read-only
+    about = Path(given["run"] or given["csv"] or given["dataset"]).stem
+    code = [
+        f"# {source.stem} of {about}: the code of this page",
+        _SENTENCES,
+        *(c.source for c in nb.cells if c.cell_type == "code"),
+    ]
+    nb.cells = [nbformat.v4.new_code_cell("\n\n".join(code), metadata={"jupyter": {"source_hidden": True}})]
+    key = sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:6]
+    name = f"{source.stem}-{re.sub(r'[^A-Za-z0-9_-]+', '_', about)}-{key}.ipynb"
+    for top in (
+        Path(folder or runs.runs_root()).absolute(),
+        Path(tempfile.gettempdir()) / f"aevlp-{os.getuid()}",
+    ):  # runs may be read-only
         try:
-            (top/'notebooks').mkdir(parents=True, exist_ok=True)
-            nbformat.write(nb, top/'notebooks'/name)
-            return top/'notebooks'/name
-        except OSError as e: error = e
-    raise AevlpError(f'{top}: no notebook can be written there ({error.strerror})')
+            (top / "notebooks").mkdir(parents=True, exist_ok=True)
+            nbformat.write(nb, top / "notebooks" / name)
+            return top / "notebooks" / name
+        except OSError as e:
+            error = e
+    raise AevlpError(f"{top}: no notebook can be written there ({error.strerror})")
 
 # %% ../nbs/15e_pages.ipynb #1ee87353
 # other extensions of an installed JupyterLab fail in a page of Voila, and say so in its console
-_PAGE_NEEDS = '@jupyter-widgets/jupyterlab-manager', '@voila-dashboards/widgets-manager8', 'anywidget'
-_RUN = '''<script>
+_PAGE_NEEDS = "@jupyter-widgets/jupyterlab-manager", "@voila-dashboards/widgets-manager8", "anywidget"
+_RUN = """<script>
 const aevlp = setInterval(() => {
   const app = window.jupyterapp, at = app?.shell?.currentWidget, session = at?.sessionContext
   if (!at?.content?.widgets?.length || !session?.isReady || session.session?.kernel?.status !== 'idle') return
@@ -107,96 +136,139 @@ const aevlp = setInterval(() => {
     if (stage) { clearInterval(focus); stage.focus({preventScroll: true}) }
   }, 150)
 }, 150)
-</script>'''
+</script>"""
 
 
 def _lab_page(folder):
     "JupyterLab's own page and settings; it runs the notebook that it opens, and asks nothing."
     import jupyterlab.commands
+
     top = Path(jupyterlab.commands.get_app_dir())
-    original = next(p for p in (top/'static/index.html', Path(jupyterlab.commands.HERE)/'static/index.html') if p.is_file())
-    Path(folder, 'index.html').write_text(original.read_text(encoding='utf-8').replace('</body>', _RUN + '</body>'), encoding='utf-8')
-    settings = top/'settings/overrides.json'
-    kept = json.loads(settings.read_text(encoding='utf-8')) if settings.is_file() else {}
-    quiet = {'@jupyterlab/apputils-extension:notification': {'fetchNews': 'false', 'checkForUpdates': False}}
-    Path(folder, 'overrides.json').write_text(json.dumps(quiet | kept), encoding='utf-8')
+    original = next(
+        p for p in (top / "static/index.html", Path(jupyterlab.commands.HERE) / "static/index.html") if p.is_file()
+    )
+    Path(folder, "index.html").write_text(
+        original.read_text(encoding="utf-8").replace("</body>", _RUN + "</body>"), encoding="utf-8"
+    )
+    settings = top / "settings/overrides.json"
+    kept = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
+    quiet = {"@jupyterlab/apputils-extension:notification": {"fetchNews": "false", "checkForUpdates": False}}
+    Path(folder, "overrides.json").write_text(json.dumps(quiet | kept), encoding="utf-8")
 
 
 def answers(port) -> bool:
     "Whether something listens there."
-    with socket.socket() as s: return s.connect_ex(('127.0.0.1', port)) == 0
+    with socket.socket() as s:
+        return s.connect_ex(("127.0.0.1", port)) == 0
 
 
 def _command(kind, notebook, port, temporary):
     "Arguments of the server, and the address of the page."
-    if kind == 'voila':
-        return ['voila', str(notebook), '--Voila.ip=127.0.0.1', f'--port={port}', '--token', '--no-browser',
-                *(f'--VoilaConfiguration.extension_allowlist={name}' for name in _PAGE_NEEDS)], ''
+    if kind == "voila":
+        return [
+            "voila",
+            str(notebook),
+            "--Voila.ip=127.0.0.1",
+            f"--port={port}",
+            "--token",
+            "--no-browser",
+            *(f"--VoilaConfiguration.extension_allowlist={name}" for name in _PAGE_NEEDS),
+        ], ""
     _lab_page(temporary)
     top = runs._checkout() or Path.cwd()
     top = top if notebook.is_relative_to(top) else notebook.parent
-    return ['jupyterlab', '--ip=127.0.0.1', f'--port={port}', f'--ServerApp.root_dir={top}', '--no-browser', '--LabApp.expose_app_in_browser=True',
-            f'--LabApp.templates_dir={temporary}', f'--LabApp.app_settings_dir={temporary}', *(['--allow-root'] if os.geteuid() == 0 else [])], f'doc/tree/{notebook.relative_to(top).as_posix()}'
+    return [
+        "jupyterlab",
+        "--ip=127.0.0.1",
+        f"--port={port}",
+        f"--ServerApp.root_dir={top}",
+        "--no-browser",
+        "--LabApp.expose_app_in_browser=True",
+        f"--LabApp.templates_dir={temporary}",
+        f"--LabApp.app_settings_dir={temporary}",
+        *(["--allow-root"] if os.geteuid() == 0 else []),
+    ], f"doc/tree/{notebook.relative_to(top).as_posix()}"
 
 # %% ../nbs/15e_pages.ipynb #8895ac54
-class _Ended(BaseException): "The command was told to end."
+class _Ended(BaseException):
+    "The command was told to end."
 
 
 def _end(server):
     "The server and its kernels, gently, then not."
-    try: family = psutil.Process(server.pid).children(recursive=True)
-    except psutil.NoSuchProcess: family = []
+    try:
+        family = psutil.Process(server.pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        family = []
     server.terminate()
     _, left = psutil.wait_procs([psutil.Process(server.pid)] if server.poll() is None else [], 8)
     for process in left + [p for p in family if p.is_running()]:
-        try: process.kill()
-        except psutil.NoSuchProcess: continue # it ended by itself meanwhile
+        try:
+            process.kill()
+        except psutil.NoSuchProcess:
+            continue  # it ended by itself meanwhile
     server.wait()
 
 
 def _environment(token, temporary):
     "Of the server: its token, and before all others a kernel `python3` that is this interpreter."
     from ipykernel.kernelspec import write_kernel_spec
-    write_kernel_spec(str(Path(temporary)/'jupyter/kernels/python3'))
-    path = os.pathsep.join(filter(None, [f'{temporary}/jupyter', os.environ.get('JUPYTER_PATH')]))
-    return os.environ | {'JUPYTER_TOKEN': token, 'JUPYTER_PATH': path}
+
+    write_kernel_spec(str(Path(temporary) / "jupyter/kernels/python3"))
+    path = os.pathsep.join(filter(None, [f"{temporary}/jupyter", os.environ.get("JUPYTER_PATH")]))
+    return os.environ | {"JUPYTER_TOKEN": token, "JUPYTER_PATH": path}
 
 
 def serve(
-    kind: str, # 'jupyterlab' or 'voila'
-    notebook: Path, # of `notebook`
-    port: int = 0, # 0: any free one
-    browser: bool = True, # open one
-    say=print, # the address
-    tell=print, # what one waits for
-) -> int: # 0, or 1 where the server failed
+    kind: str,  # 'jupyterlab' or 'voila'
+    notebook: Path,  # of `notebook`
+    port: int = 0,  # 0: any free one
+    browser: bool = True,  # open one
+    say=print,  # the address
+    tell=print,  # what one waits for
+) -> int:  # 0, or 1 where the server failed
     "A server on 127.0.0.1 with a token of its own, until Ctrl-C, SIGTERM, or a closed terminal; kernels end with it."
     if not port:
         with socket.socket() as s:
-            s.bind(('127.0.0.1', 0))
+            s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]
-    elif answers(port): raise AevlpError(f'port {port} is taken; choose another, or leave --port out')
-    def ended(*_): raise _Ended
+    elif answers(port):
+        raise AevlpError(f"port {port} is taken; choose another, or leave --port out")
+
+    def ended(*_):
+        raise _Ended
+
     before = {s: signal.signal(s, ended) for s in (signal.SIGTERM, signal.SIGHUP)}
-    token, server, name = secrets.token_urlsafe(24), None, {'jupyterlab': 'JupyterLab', 'voila': 'the page'}[kind]
-    with tempfile.TemporaryDirectory(prefix='aevlp-') as temporary, tempfile.TemporaryFile() as log:
+    token, server, name = secrets.token_urlsafe(24), None, {"jupyterlab": "JupyterLab", "voila": "the page"}[kind]
+    with tempfile.TemporaryDirectory(prefix="aevlp-") as temporary, tempfile.TemporaryFile() as log:
         try:
-            tell(f'starting {name} …')
+            tell(f"starting {name} …")
             command, place = _command(kind, notebook, port, temporary)
-            server = subprocess.Popen([sys.executable, '-m', *command], env=_environment(token, temporary), stdout=log,
-                                      stderr=log, start_new_session=True)
-            while server.poll() is None and not answers(port): time.sleep(0.1)
+            server = subprocess.Popen(
+                [sys.executable, "-m", *command],
+                env=_environment(token, temporary),
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+            while server.poll() is None and not answers(port):
+                time.sleep(0.1)
             if server.poll() is None:
-                url = f'http://127.0.0.1:{port}/{place}?token={token}'
+                url = f"http://127.0.0.1:{port}/{place}?token={token}"
                 say(url)
-                tell('CLIP is loaded and the first picture drawn when the page opens: some seconds. Ctrl-C ends it.')
-                if browser: webbrowser.open(url)
+                tell("CLIP is loaded and the first picture drawn when the page opens: some seconds. Ctrl-C ends it.")
+                if browser:
+                    webbrowser.open(url)
             if server.wait():
                 log.seek(0)
-                raise runs.RunFailed(f'{name} ended: {" ".join(log.read().decode(errors="replace").splitlines()[-1:])}')
-        except (KeyboardInterrupt, _Ended): return 0
+                raise runs.RunFailed(f"{name} ended: {' '.join(log.read().decode(errors='replace').splitlines()[-1:])}")
+        except (KeyboardInterrupt, _Ended):
+            return 0
         finally:
-            for s in before: signal.signal(s, signal.SIG_IGN) # nothing stops the stopping
-            if server is not None: _end(server)
-            for s, f in before.items(): signal.signal(s, f)
+            for s in before:
+                signal.signal(s, signal.SIG_IGN)  # nothing stops the stopping
+            if server is not None:
+                _end(server)
+            for s, f in before.items():
+                signal.signal(s, f)
     return 0

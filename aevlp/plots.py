@@ -24,68 +24,99 @@ from scipy import stats
 
 # %% ../nbs/14_plots.ipynb #206e4ced
 BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILLION, PURPLE = (
-    '#000000', '#E69F00', '#56B4E9', '#009E73', '#F0E442', '#0072B2', '#D55E00', '#CC79A7')
+    "#000000",
+    "#E69F00",
+    "#56B4E9",
+    "#009E73",
+    "#F0E442",
+    "#0072B2",
+    "#D55E00",
+    "#CC79A7",
+)
 CYCLE = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, BLACK)
-MARKERS = ('o', 's', '^', 'D', 'v', 'P', 'X')
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _RC = {
-    'font.family': 'DejaVu Sans', 'font.size': 12, 'axes.titlesize': 13, 'axes.labelsize': 12, 'legend.fontsize': 11,
-    'xtick.labelsize': 11, 'ytick.labelsize': 11, 'lines.linewidth': 2, 'lines.markersize': 6.5, 'hatch.linewidth': 0.7,
-    'axes.prop_cycle': mpl.cycler(color=CYCLE), 'axes.spines.top': False, 'axes.spines.right': False,
-    'grid.color': '#e3e3e3', 'axes.edgecolor': '#555555', 'legend.frameon': False, 'svg.hashsalt': 'aevlp',
-    'savefig.dpi': 150, 'figure.dpi': 100, 'figure.facecolor': 'white', 'image.interpolation': 'nearest',
-    'text.parse_math': False}  # names are shown as they are, `$` too
+    "font.family": "DejaVu Sans",
+    "font.size": 12,
+    "axes.titlesize": 13,
+    "axes.labelsize": 12,
+    "legend.fontsize": 11,
+    "xtick.labelsize": 11,
+    "ytick.labelsize": 11,
+    "lines.linewidth": 2,
+    "lines.markersize": 6.5,
+    "hatch.linewidth": 0.7,
+    "axes.prop_cycle": mpl.cycler(color=CYCLE),
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "grid.color": "#e3e3e3",
+    "axes.edgecolor": "#555555",
+    "legend.frameon": False,
+    "svg.hashsalt": "aevlp",
+    "savefig.dpi": 150,
+    "figure.dpi": 100,
+    "figure.facecolor": "white",
+    "image.interpolation": "nearest",
+    "text.parse_math": False,
+}  # names are shown as they are, `$` too
 
 
 @contextmanager
 def style(
-    **rc, # matplotlib settings that replace ours
+    **rc,  # matplotlib settings that replace ours
 ):
     "The look of every figure, as a context: nothing outside it changes."
-    with mpl.rc_context({**sns.axes_style('whitegrid'), **_RC, **rc}): yield
+    with mpl.rc_context({**sns.axes_style("whitegrid"), **_RC, **rc}):
+        yield
 
 # %% ../nbs/14_plots.ipynb #b74170ac
 class Picture(Figure):
     "A matplotlib figure that a notebook shows as PNG."
-    def _repr_png_(self): return png(self)
+
+    def _repr_png_(self):
+        return png(self)
 
 
 def canvas(
-    rows=1, # rows of axes
-    columns=1, # columns of axes
-    size=(6.4, 3.6), # width and height in inches
-    **kw, # further arguments of `Figure.subplots`
-) -> tuple: # (figure, axes)
+    rows=1,  # rows of axes
+    columns=1,  # columns of axes
+    size=(6.4, 3.6),  # width and height in inches
+    **kw,  # further arguments of `Figure.subplots`
+) -> tuple:  # (figure, axes)
     "An empty figure in our style; call it inside `style()`."
-    fig = Picture(figsize=size, layout='constrained')
+    fig = Picture(figsize=size, layout="constrained")
     FigureCanvasAgg(fig)
     return fig, fig.subplots(rows, columns, **kw)
 
 
 def png(
-    fig, # the figure
-    dpi=100, # dots per inch
-    quick=False, # compress less: a larger file in two thirds of the time
-) -> bytes: # PNG file, the same bytes for the same figure
+    fig,  # the figure
+    dpi=100,  # dots per inch
+    quick=False,  # compress less: a larger file in two thirds of the time
+) -> bytes:  # PNG file, the same bytes for the same figure
     "The figure as PNG, which says that aevlp drew it."
     out = BytesIO()
-    with style(): fig.savefig(out, format='png', dpi=dpi, metadata={'Software': 'aevlp'}, pil_kwargs={'compress_level': 1 if quick else 6})
+    with style():
+        fig.savefig(
+            out, format="png", dpi=dpi, metadata={"Software": "aevlp"}, pil_kwargs={"compress_level": 1 if quick else 6}
+        )
     return out.getvalue()
 
 
 def save(
-    fig, # the figure
-    path, # where; the ending is replaced by .png, .svg and .pdf
-    dpi=300, # dots per inch of the PNG
-) -> list: # the three paths written
+    fig,  # the figure
+    path,  # where; the ending is replaced by .png, .svg and .pdf
+    dpi=300,  # dots per inch of the PNG
+) -> list:  # the three paths written
     "Write the figure as PNG, SVG and PDF, without dates or random identifiers."
     path = Path(path)
-    path = path.with_suffix('') if path.suffix in ('.png', '.svg', '.pdf') else path
+    path = path.with_suffix("") if path.suffix in (".png", ".svg", ".pdf") else path
     path.parent.mkdir(parents=True, exist_ok=True)
-    files = [path.parent/f'{path.name}.{ending}' for ending in ('png', 'svg', 'pdf')]
+    files = [path.parent / f"{path.name}.{ending}" for ending in ("png", "svg", "pdf")]
     files[0].write_bytes(png(fig, dpi))
     with style():
-        fig.savefig(files[1], format='svg', metadata={'Date': None, 'Creator': None})
-        fig.savefig(files[2], format='pdf', metadata={'CreationDate': None, 'Creator': None, 'Producer': None})
+        fig.savefig(files[1], format="svg", metadata={"Date": None, "Creator": None})
+        fig.savefig(files[2], format="pdf", metadata={"CreationDate": None, "Creator": None, "Producer": None})
     return files
 
 # %% ../nbs/14_plots.ipynb #181f0d2b
@@ -96,41 +127,53 @@ def _share(values, bins):
 
 def _probability_panel(ax, probs, targets, bins, log):
     probs, targets = np.asarray(probs, dtype=np.float64).ravel(), np.asarray(targets).ravel() > 0
-    for name, group, colour, hatch in (('negative classes', probs[~targets], VERMILLION, '////'),
-                                       ('positive classes', probs[targets], BLUE, None)):
+    for name, group, colour, hatch in (
+        ("negative classes", probs[~targets], VERMILLION, "////"),
+        ("positive classes", probs[targets], BLUE, None),
+    ):
         share, edges = _share(group, bins)
-        ax.stairs(share, edges, fill=True, facecolor=mpl.colors.to_rgba(colour, 0.35), edgecolor=colour,
-                  hatch=hatch, linewidth=1.2, label=name, baseline=1e-3 if log else 0)
-        if len(group): ax.axvline(np.median(group), color=colour, linestyle=(0, (4, 2)), linewidth=1.6)
+        ax.stairs(
+            share,
+            edges,
+            fill=True,
+            facecolor=mpl.colors.to_rgba(colour, 0.35),
+            edgecolor=colour,
+            hatch=hatch,
+            linewidth=1.2,
+            label=name,
+            baseline=1e-3 if log else 0,
+        )
+        if len(group):
+            ax.axvline(np.median(group), color=colour, linestyle=(0, (4, 2)), linewidth=1.6)
     if log:
-        ax.set_yscale('log')
+        ax.set_yscale("log")
         ax.set_ylim(0.1, 130)
-        ax.yaxis.set_minor_formatter('')
-    ax.set(xlim=(0, 1), xticks=[0, 0.5, 1], xlabel='output probability')
-    ax.set_xticklabels(['0', '0.5', '1'])
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f'{v:g} %'))
-    ax.grid(axis='x', visible=False)
+        ax.yaxis.set_minor_formatter("")
+    ax.set(xlim=(0, 1), xticks=[0, 0.5, 1], xlabel="output probability")
+    ax.set_xticklabels(["0", "0.5", "1"])
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g} %"))
+    ax.grid(axis="x", visible=False)
 
 
 def probability_histograms(
-    panels, # {title: (probs (N,C) in [0,1], targets (N,C) in {0,1})}, one panel each, in this order
-    bins=25, # bins between 0 and 1
-    log=True, # logarithmic share axis from 0.1 %
-) -> Figure: # panels side by side on one share axis
+    panels,  # {title: (probs (N,C) in [0,1], targets (N,C) in {0,1})}, one panel each, in this order
+    bins=25,  # bins between 0 and 1
+    log=True,  # logarithmic share axis from 0.1 %
+) -> Figure:  # panels side by side on one share axis
     "Distribution of output probabilities of positive and negative classes (paper Figure 2)."
     with style():
         fig, axes = canvas(1, len(panels), (2.5 * len(panels) + 0.6, 3.3), sharey=True, squeeze=False)
         for ax, (title, (probs, targets)) in zip(axes[0], panels.items()):
             _probability_panel(ax, probs, targets, bins, log)
             ax.set_title(title)
-        axes[0, 0].set_ylabel('share of the labels')
-        fig.legend(*axes[0, 0].get_legend_handles_labels(), loc='outside lower center', ncols=2)
+        axes[0, 0].set_ylabel("share of the labels")
+        fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return fig
 
 # %% ../nbs/14_plots.ipynb #44ad274d
 def half_interval(
-    group, # of a grouped column: numbers of several seeds
-): # half the width of the 95 % t-interval, 0 for one seed
+    group,  # of a grouped column: numbers of several seeds
+):  # half the width of the 95 % t-interval, 0 for one seed
     "How far the mean of a row is sure."
     n = group.count()
     return (group.sem(ddof=1) * stats.t.ppf(0.975, (n - 1).clip(lower=1))).fillna(0)
@@ -141,68 +184,76 @@ def _mean_band(ax, frame, x, y, colour, marker, label=None, dots=True, **kw):
     mean, spread = group.mean(), half_interval(group)
     ax.plot(mean.index, mean, color=colour, marker=marker, label=label, **kw)
     ax.fill_between(mean.index, mean - spread, mean + spread, color=colour, alpha=0.2, linewidth=0)
-    if dots and group.size().max() > 1: ax.plot(frame[x], frame[y], '.', color=colour, alpha=0.55, markersize=4)
+    if dots and group.size().max() > 1:
+        ax.plot(frame[x], frame[y], ".", color=colour, alpha=0.55, markersize=4)
     return mean
 
 
 def delta_neg_curves(
-    frame, # one row a run: `negative_ratio` in [0,1], the `metric`, and `dataset` where there are several
-    metric='test_map', # the column to draw, percent
-) -> Figure: # one panel per data set
+    frame,  # one row a run: `negative_ratio` in [0,1], the `metric`, and `dataset` where there are several
+    metric="test_map",  # the column to draw, percent
+) -> Figure:  # one panel per data set
     "mAP over the share of negative pseudo-labels, Delta_neg (paper Figure 3)."
-    groups = list(frame.groupby('dataset', sort=False)) if 'dataset' in frame else [(None, frame)]
+    groups = list(frame.groupby("dataset", sort=False)) if "dataset" in frame else [(None, frame)]
     with style():
         fig, axes = canvas(1, len(groups), (max(4.6, 3.0 * len(groups)), 3.2), squeeze=False)
         for ax, (name, part), colour, marker in zip(axes[0], groups, CYCLE * len(groups), MARKERS * len(groups)):
-            part = part.assign(percent=100 * part['negative_ratio'])
-            mean = _mean_band(ax, part, 'percent', metric, colour, marker)
+            part = part.assign(percent=100 * part["negative_ratio"])
+            mean = _mean_band(ax, part, "percent", metric, colour, marker)
             best = mean.idxmax()
-            ax.plot(best, mean[best], marker='o', markersize=13, fillstyle='none', color=BLACK, markeredgewidth=1.3)
-            ax.annotate(f'{mean[best]:.1f}', (best, mean[best]), textcoords='offset points', xytext=(0, 13), ha='center')
+            ax.plot(best, mean[best], marker="o", markersize=13, fillstyle="none", color=BLACK, markeredgewidth=1.3)
+            ax.annotate(
+                f"{mean[best]:.1f}", (best, mean[best]), textcoords="offset points", xytext=(0, 13), ha="center"
+            )
             ax.margins(y=0.25)
-            ax.set(xlabel='negative pseudo-labels Δneg (%)', title=name or '')
-        axes[0, 0].set_ylabel('mAP (%)')
+            ax.set(xlabel="negative pseudo-labels Δneg (%)", title=name or "")
+        axes[0, 0].set_ylabel("mAP (%)")
     return fig
 
 # %% ../nbs/14_plots.ipynb #3c39fbe7
 def pseudo_quality(
-    frame, # one row an epoch (and seed): `epoch`, `precision`, `recall`, `accumulated_precision`, `accumulated_recall`, in [0,1]
-    baseline=None, # the same columns for fixed labels, or {'precision': …, 'recall': …}
-) -> Figure: # a precision panel and a recall panel
+    frame,  # a row an epoch (and seed): `epoch`, `precision`, `recall`, and both `accumulated_`, in [0, 1]
+    baseline=None,  # the same columns for fixed labels, or {'precision': …, 'recall': …}
+) -> Figure:  # a precision panel and a recall panel
     "Precision and recall of pseudo-labels per epoch, their average, and accumulated (paper Table 3)."
     with style():
         fig, axes = canvas(1, 2, (7.0, 3.7))
-        for ax, name in zip(axes, ('precision', 'recall')):
-            mean = _mean_band(ax, frame, 'epoch', name, BLUE, 'o', 'each epoch', dots=False)
-            ax.axhline(mean.mean(), color=BLUE, linestyle=':', label='average')
-            _mean_band(ax, frame, 'epoch', f'accumulated_{name}', VERMILLION, 's', 'accumulated', dots=False, linestyle='--')
+        for ax, name in zip(axes, ("precision", "recall")):
+            mean = _mean_band(ax, frame, "epoch", name, BLUE, "o", "each epoch", dots=False)
+            ax.axhline(mean.mean(), color=BLUE, linestyle=":", label="average")
+            _mean_band(
+                ax, frame, "epoch", f"accumulated_{name}", VERMILLION, "s", "accumulated", dots=False, linestyle="--"
+            )
             if baseline is not None:
-                ax.axhline(float(np.mean(baseline[name])), color='#555555', linestyle='-.', label='fixed labels')
+                ax.axhline(float(np.mean(baseline[name])), color="#555555", linestyle="-.", label="fixed labels")
             low, high = ax.get_ylim()
             middle, half = (low + high) / 2, max(high - low, 0.1) / 2
-            ax.set(title=name, xlabel='epoch', ylim=(max(0, middle - 1.15 * half), min(1, middle + 1.15 * half)))
+            ax.set(title=name, xlabel="epoch", ylim=(max(0, middle - 1.15 * half), min(1, middle + 1.15 * half)))
             ax.xaxis.set_major_locator(MaxNLocator(integer=True))
             ax.yaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10]))
             ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0 if high - low > 0.02 else 1))
-        fig.legend(*axes[0].get_legend_handles_labels(), loc='outside lower center', ncols=4)
+        fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return fig
 
 # %% ../nbs/14_plots.ipynb #ae328f13
 def learning_curves(
-    frame, # one row an epoch: `epoch`, `loss`, `val_map` or `val_auc_observed`, and `method` where there are several
-) -> Figure: # a loss panel and a validation panel
+    frame,  # one row an epoch: `epoch`, `loss`, `val_map` or `val_auc_observed`, and `method` where there are several
+) -> Figure:  # a loss panel and a validation panel
     "Training loss and what was measured on validation over the epochs; a band where there are several seeds."
-    groups = list(frame.groupby('method', sort=False)) if 'method' in frame else [(None, frame)]
-    known = 'val_auc_observed' not in frame or frame['val_map'].notna().any() # else the truth is unknown, or nothing is known
-    measured = ('val_map', 'validation mAP (%)') if known else ('val_auc_observed', 'validation AUC, given labels (%)')
+    groups = list(frame.groupby("method", sort=False)) if "method" in frame else [(None, frame)]
+    known = (
+        "val_auc_observed" not in frame or frame["val_map"].notna().any()
+    )  # else the truth is unknown, or nothing is known
+    measured = ("val_map", "validation mAP (%)") if known else ("val_auc_observed", "validation AUC, given labels (%)")
     with style():
         fig, axes = canvas(1, 2, (7.0, 3.4 + 0.25 * ((len(groups) - 1) // 4)))
-        for ax, (column, title) in zip(axes, (('loss', 'training loss'), measured)):
+        for ax, (column, title) in zip(axes, (("loss", "training loss"), measured)):
             for i, (name, part) in enumerate(groups):
-                _mean_band(ax, part, 'epoch', column, CYCLE[i % 7], MARKERS[i % 7], name, dots=False)
-            ax.set(title=title, xlabel='epoch')
+                _mean_band(ax, part, "epoch", column, CYCLE[i % 7], MARKERS[i % 7], name, dots=False)
+            ax.set(title=title, xlabel="epoch")
             ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-        if len(groups) > 1: fig.legend(*axes[0].get_legend_handles_labels(), loc='outside lower center', ncols=4)
+        if len(groups) > 1:
+            fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return fig
 
 # %% ../nbs/14_plots.ipynb #49c47dcc
@@ -212,12 +263,12 @@ def _array(image):
 
 
 def patches_over_image(
-    image, # (H,W,3) or (3,H,W) uint8
-    boxes, # (R,4) patches or (1+R,4) views: x0, y0, x1, y1 in pixels
-    labels=None, # R short texts, one a patch; its number otherwise
-    selected=None, # the patch to stress, 0..R-1
-    width=4.4, # inches
-) -> Figure: # the picture with its patches
+    image,  # (H,W,3) or (3,H,W) uint8
+    boxes,  # (R,4) patches or (1+R,4) views: x0, y0, x1, y1 in pixels
+    labels=None,  # R short texts, one a patch; its number otherwise
+    selected=None,  # the patch to stress, 0..R-1
+    width=4.4,  # inches
+) -> Figure:  # the picture with its patches
     "An image with its patches drawn on it; a box as large as the image (the global view) is left out."
     image = _array(image)
     height, wide = image.shape[:2]
@@ -228,76 +279,101 @@ def patches_over_image(
         for i, (x0, y0, x1, y1) in enumerate(boxes):
             strong = i == selected
             colour = ORANGE if strong else CYCLE[i % len(CYCLE)]
-            for line, edge in ((3.6 if strong else 2.8, 'white'), (2.6 if strong else 1.3, colour)):
+            for line, edge in ((3.6 if strong else 2.8, "white"), (2.6 if strong else 1.3, colour)):
                 ax.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=edge, linewidth=line))
-            ax.text(x0 + 0.015 * wide, y0 + 0.015 * height, labels[i] if labels is not None else i + 1, va='top', ha='left',
-                    fontsize=10, color='black', bbox={'boxstyle': 'round,pad=0.15', 'facecolor': 'white', 'edgecolor': colour})
+            ax.text(
+                x0 + 0.015 * wide,
+                y0 + 0.015 * height,
+                labels[i] if labels is not None else i + 1,
+                va="top",
+                ha="left",
+                fontsize=10,
+                color="black",
+                bbox={"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": colour},
+            )
         ax.set(xlim=(-0.01 * wide, 1.01 * wide), ylim=(1.01 * height, -0.01 * height))
         ax.set_axis_off()
     return fig
 
 # %% ../nbs/14_plots.ipynb #ca13a914
 def similarity_heatmap(
-    probs, # (1+R,C) similarities of the views in [0,1], the global view first
-    class_names, # C names
-    given=(), # numbers of the observed classes, marked with a star
-    selected=None, # the patch to stress, 0..R-1
-    width=6.4, # inches
-) -> Figure: # views x classes
+    probs,  # (1+R,C) similarities of the views in [0,1], the global view first
+    class_names,  # C names
+    given=(),  # numbers of the observed classes, marked with a star
+    selected=None,  # the patch to stress, 0..R-1
+    width=6.4,  # inches
+) -> Figure:  # views x classes
     "Similarity of every view to every class; one colour scale from 0 to 1."
     probs = np.asarray(probs, dtype=float)
     views, classes = probs.shape
-    names = [f'★ {name}' if c in set(given) else name for c, name in enumerate(class_names)]
-    with style(**{'axes.grid': False}):
+    names = [f"★ {name}" if c in set(given) else name for c, name in enumerate(class_names)]
+    with style(**{"axes.grid": False}):
         fig, ax = canvas(size=(width, min(9, 1.5 + 0.24 * max(views, 5))))
-        mesh = ax.imshow(probs, cmap='cividis', vmin=0, vmax=1, aspect='auto')
+        mesh = ax.imshow(probs, cmap="cividis", vmin=0, vmax=1, aspect="auto")
         step = max(1, -(-classes // 40))
         ax.set_xticks(range(0, classes, step), names[::step], rotation=90, fontsize=10 if classes <= 24 else 8)
-        ax.set_yticks(range(views), ['global', *range(1, views)], fontsize=10)
-        ax.axhline(0.5, color='white', linewidth=2.5)
+        ax.set_yticks(range(views), ["global", *range(1, views)], fontsize=10)
+        ax.axhline(0.5, color="white", linewidth=2.5)
         if selected is not None:
             ax.add_patch(Rectangle((-0.5, selected + 0.5), classes, 1, fill=False, edgecolor=ORANGE, linewidth=2.5))
-        ax.set_ylabel('view')
-        fig.colorbar(mesh, ax=ax, label='similarity', pad=0.01, ticks=[0, 0.5, 1])
+        ax.set_ylabel("view")
+        fig.colorbar(mesh, ax=ax, label="similarity", pad=0.01, ticks=[0, 0.5, 1])
     return fig
 
 # %% ../nbs/14_plots.ipynb #6303e4c4
 def scores_bar(
-    scores, # `global_probs`, `aggregated`, `final`, `average` (C,), `pseudo` (C,) in {-1,0,1}, `local_threshold`, by name or attribute
-    class_names, # C names
-    global_threshold, # on the final score, in [0,1]
-    given=(), # numbers of the observed classes, marked with a star
-    top=20, # classes drawn at most, the highest final scores
-    width=6.4, # inches
-) -> Figure: # one row a class, sorted by final score
+    scores,  # by name or attribute, (C,) each: `DampOutput`'s scores, `pseudo`, `local_threshold`
+    class_names,  # C names
+    global_threshold,  # on the final score, in [0,1]
+    given=(),  # numbers of the observed classes, marked with a star
+    top=20,  # classes drawn at most, the highest final scores
+    width=6.4,  # inches
+) -> Figure:  # one row a class, sorted by final score
     "Global, aggregated, final and average score of every class with both thresholds."
     pick = (lambda name: scores[name]) if isinstance(scores, dict) else (lambda name: getattr(scores, name))
-    glob, agg, final, avg, pseudo = (np.asarray(pick(n), dtype=float).reshape(-1)
-                                     for n in ('global_probs', 'aggregated', 'final', 'average', 'pseudo'))
-    order = np.argsort(-final, kind='stable')[:top]
-    rows, sign = np.arange(len(order)), {1: '+ ', -1: '− ', 0: ''}
+    glob, agg, final, avg, pseudo = (
+        np.asarray(pick(n), dtype=float).reshape(-1)
+        for n in ("global_probs", "aggregated", "final", "average", "pseudo")
+    )
+    order = np.argsort(-final, kind="stable")[:top]
+    rows, sign = np.arange(len(order)), {1: "+ ", -1: "− ", 0: ""}
     with style():
         fig, ax = canvas(size=(width, 1.3 + 0.25 * len(order)))
-        bars = ax.barh(rows, final[order], height=0.72, edgecolor='#777777', linewidth=0.8, label='final (bar)')
+        bars = ax.barh(rows, final[order], height=0.72, edgecolor="#777777", linewidth=0.8, label="final (bar)")
         for bar, c in zip(bars, order):
-            bar.set(facecolor={1: SKY, -1: 'white', 0: '#e8e8e8'}[int(pseudo[c])], hatch='////' if pseudo[c] < 0 else None)
-        for values, marker, colour, name in ((glob, 'o', BLUE, 'global'), (agg, 'D', VERMILLION, 'aggregated'), (avg, '|', BLACK, 'average')):
-            ax.plot(values[order], rows, marker, color=colour, markersize=9 if marker == '|' else 5.5,
-                    markeredgewidth=2 if marker == '|' else 0, label=name, clip_on=False, zorder=3)
-        local = float(np.asarray(pick('local_threshold')).reshape(-1)[0])
-        ax.axvline(global_threshold, color=GREEN, linewidth=1.8, label='global threshold (final)')
-        ax.axvline(local, color=PURPLE, linewidth=1.8, linestyle='--', label='local threshold (patches)')
-        ax.set_yticks(rows, [f'{sign[int(pseudo[c])]}{"★ " if c in set(given) else ""}{class_names[c]}' for c in order])
-        ax.set(xlim=(0, 1), xlabel='score', ylim=(len(order) - 0.4, -0.6))
-        ax.grid(axis='y', visible=False)
-        fig.legend(*ax.get_legend_handles_labels(), loc='outside lower center', ncols=2, fontsize=10)
+            bar.set(
+                facecolor={1: SKY, -1: "white", 0: "#e8e8e8"}[int(pseudo[c])], hatch="////" if pseudo[c] < 0 else None
+            )
+        for values, marker, colour, name in (
+            (glob, "o", BLUE, "global"),
+            (agg, "D", VERMILLION, "aggregated"),
+            (avg, "|", BLACK, "average"),
+        ):
+            ax.plot(
+                values[order],
+                rows,
+                marker,
+                color=colour,
+                markersize=9 if marker == "|" else 5.5,
+                markeredgewidth=2 if marker == "|" else 0,
+                label=name,
+                clip_on=False,
+                zorder=3,
+            )
+        local = float(np.asarray(pick("local_threshold")).reshape(-1)[0])
+        ax.axvline(global_threshold, color=GREEN, linewidth=1.8, label="global threshold (final)")
+        ax.axvline(local, color=PURPLE, linewidth=1.8, linestyle="--", label="local threshold (patches)")
+        ax.set_yticks(rows, [f"{sign[int(pseudo[c])]}{'★ ' if c in set(given) else ''}{class_names[c]}" for c in order])
+        ax.set(xlim=(0, 1), xlabel="score", ylim=(len(order) - 0.4, -0.6))
+        ax.grid(axis="y", visible=False)
+        fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=10)
     return fig
 
 # %% ../nbs/14_plots.ipynb #ebca8df3
 def front(
-    costs, # (n,) what each row costs, lower is better
-    values, # (n,) what it gives, higher is better
-) -> np.ndarray: # (n,) bool
+    costs,  # (n,) what each row costs, lower is better
+    values,  # (n,) what it gives, higher is better
+) -> np.ndarray:  # (n,) bool
     "The rows that no other beats at their price or below (the Pareto front)."
     costs, values = np.asarray(costs, dtype=float), np.asarray(values, dtype=float)
     better = (costs[:, None] <= costs) & (values[:, None] >= values)
@@ -306,52 +382,89 @@ def front(
 
 
 def _cost_panel(ax, table, cost, title):
-    for i, (kind, part) in enumerate(table.groupby('kind', sort=False)):
-        ax.errorbar(part[cost], part['map'], yerr=part['half'], fmt=MARKERS[i % 7], color=CYCLE[i % 7], capsize=3, elinewidth=1.2,
-                    linestyle='none', label=kind)
-    best = table[front(table[cost], table['map'])].sort_values(cost)
-    ax.step(best[cost], best['map'], where='post', color='#777777', linewidth=1, linestyle=(0, (4, 2)), zorder=0, label='nothing beats it')
+    for i, (kind, part) in enumerate(table.groupby("kind", sort=False)):
+        ax.errorbar(
+            part[cost],
+            part["map"],
+            yerr=part["half"],
+            fmt=MARKERS[i % 7],
+            color=CYCLE[i % 7],
+            capsize=3,
+            elinewidth=1.2,
+            linestyle="none",
+            label=kind,
+        )
+    best = table[front(table[cost], table["map"])].sort_values(cost)
+    ax.step(
+        best[cost],
+        best["map"],
+        where="post",
+        color="#777777",
+        linewidth=1,
+        linestyle=(0, (4, 2)),
+        zorder=0,
+        label="nothing beats it",
+    )
     for row in best.itertuples():
-        ax.annotate(row.label, (getattr(row, cost), row.map), xytext=(8, -3), textcoords='offset points', fontsize=9, zorder=1,
-                    bbox=dict(facecolor='white', edgecolor='none', alpha=0.75, pad=1))
-    ax.set(xscale='log', xlabel=title)
+        ax.annotate(
+            row.label,
+            (getattr(row, cost), row.map),
+            xytext=(8, -3),
+            textcoords="offset points",
+            fontsize=9,
+            zorder=1,
+            bbox=dict(facecolor="white", edgecolor="none", alpha=0.75, pad=1),
+        )
+    ax.set(xscale="log", xlabel=title)
     ax.margins(x=0.12, y=0.1)
     ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if table[cost].max() < 50 * table[cost].min() else (1,)))
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f'{v:g}'))
-    ax.xaxis.set_minor_formatter('')
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+    ax.xaxis.set_minor_formatter("")
 
 
 def cost_front(
-    table, # one row a method: `label`, `kind`, `map` in percent, `half` its interval, and the columns of `costs`
-    costs, # {column: title with its unit}, one panel each
-) -> Figure: # panels on one mAP axis
+    table,  # one row a method: `label`, `kind`, `map` in percent, `half` its interval, and the columns of `costs`
+    costs,  # {column: title with its unit}, one panel each
+) -> Figure:  # panels on one mAP axis
     "mAP against what it costs, on logarithmic axes, with the rows that nothing beats joined (Figure 4)."
     with style():
         fig, axes = canvas(1, len(costs), (5.2 * len(costs), 4.6), sharey=True, squeeze=False)
-        for ax, (cost, title) in zip(axes[0], costs.items()): _cost_panel(ax, table, cost, title)
-        axes[0, 0].set_ylabel('test mAP (%)')
-        fig.legend(*axes[0, 0].get_legend_handles_labels(), loc='outside lower center', ncols=4)
+        for ax, (cost, title) in zip(axes[0], costs.items()):
+            _cost_panel(ax, table, cost, title)
+        axes[0, 0].set_ylabel("test mAP (%)")
+        fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return fig
 
 # %% ../nbs/14_plots.ipynb #a660a5f3
 def selection_prices(
-    frame, # one row a choice: `scope` ('epoch', 'method'), `rule`, `observation`, `seed`, `regret` in points of mAP
-) -> Figure: # an epoch panel and a method panel
-    "Mean regret of every rule of selection, a marker for each way in which labels are observed, with 95 % intervals over seeds."
-    titles = {'epoch': 'the epoch of a run', 'method': 'the method and its epoch'}
+    frame,  # one row a choice: `scope` ('epoch', 'method'), `rule`, `observation`, `seed`, `regret` in points of mAP
+) -> Figure:  # an epoch panel and a method panel
+    "Mean regret of every rule of selection with 95 % intervals over seeds, a marker for each way of observing labels."
+    titles = {"epoch": "the epoch of a run", "method": "the method and its epoch"}
     with style():
         fig, axes = canvas(1, 2, (11.0, 4.6))
         for ax, (scope, title) in zip(axes, titles.items()):
-            part = frame[frame['scope'] == scope]
-            rules, ways = list(dict.fromkeys(part['rule'])), list(dict.fromkeys(part['observation']))
+            part = frame[frame["scope"] == scope]
+            rules, ways = list(dict.fromkeys(part["rule"])), list(dict.fromkeys(part["observation"]))
             for i, way in enumerate(ways):
-                seeds = part[part['observation'] == way].groupby(['rule', 'seed'])['regret'].mean().unstack().reindex(rules)
+                seeds = (
+                    part[part["observation"] == way].groupby(["rule", "seed"])["regret"].mean().unstack().reindex(rules)
+                )
                 n = seeds.notna().sum(axis=1).clip(lower=2)
                 half = (stats.t.ppf(0.975, n - 1) * seeds.std(axis=1, ddof=1) / np.sqrt(n)).fillna(0)
-                ax.errorbar(seeds.mean(axis=1), np.arange(len(rules)) + 0.2 * (i - (len(ways) - 1) / 2), xerr=half, fmt=MARKERS[i % 7],
-                            color=CYCLE[i % 7], capsize=2, elinewidth=1.2, linestyle='none', label=f'observed by {way}')
+                ax.errorbar(
+                    seeds.mean(axis=1),
+                    np.arange(len(rules)) + 0.2 * (i - (len(ways) - 1) / 2),
+                    xerr=half,
+                    fmt=MARKERS[i % 7],
+                    color=CYCLE[i % 7],
+                    capsize=2,
+                    elinewidth=1.2,
+                    linestyle="none",
+                    label=f"observed by {way}",
+                )
             ax.set_yticks(range(len(rules)), rules)
             ax.invert_yaxis()
-            ax.set(title=title, xlabel='lost test mAP (points)', xlim=(0, None))
-        fig.legend(*axes[0].get_legend_handles_labels(), loc='outside lower center', ncols=4)
+            ax.set(title=title, xlabel="lost test mAP (points)", xlim=(0, None))
+        fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return fig

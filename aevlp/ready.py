@@ -23,8 +23,12 @@ from .data import AevlpError, nearest
 # %% ../nbs/14b_ready.ipynb #02314b08
 def _hub() -> Path:
     "The folder in which huggingface_hub keeps files."
-    home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "huggingface"
-    return Path(os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE") or Path(home) / "hub").expanduser()
+    home = (
+        os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "huggingface"
+    )
+    return Path(
+        os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE") or Path(home) / "hub"
+    ).expanduser()
 
 
 @lru_cache
@@ -34,8 +38,10 @@ def network(
     "Whether the hub, or the proxy on the way to it, answers."
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         return False
-    address = next((os.environ[k] for k in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy") if os.environ.get(k)),
-                   os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
+    address = next(
+        (os.environ[k] for k in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy") if os.environ.get(k)),
+        os.environ.get("HF_ENDPOINT") or "https://huggingface.co",
+    )
     parts, answers = urlsplit(address if "//" in address else f"//{address}"), []
 
     def ask():
@@ -80,7 +86,10 @@ def _clip_at_hand(name, tag) -> bool:
     said = _clip_tags(name).get(tag)
     if not said:
         if _clip_tags(name):
-            raise AevlpError(f"clip_weights: {tag!r} is no file and no weights of {name}; the nearest is {nearest(tag, _clip_tags(name))!r}")
+            raise AevlpError(
+                f"clip_weights: {tag!r} is no file and no weights of {name}; the nearest is "
+                f"{nearest(tag, _clip_tags(name))!r}"
+            )
         return True
     url = Path("~/.cache/clip").expanduser() / os.path.basename(said.get("url") or "-")
     return url.is_file() or bool(said.get("hf_hub")) and _kept(said["hf_hub"])
@@ -109,14 +118,29 @@ def weights(
     clips = {"damp": "clip", "fixed-damp": "clip", "vlpl": "vlpl_clip"}
     frozen, scorer, needs = get("backbone") == "frozen", getattr(known, "scorer", None), []
     if not frozen and not scorer:
-        needs.append(("backbone", f"{get('backbone')} ({get('backbone_weights')})", _backbone_at_hand(get("backbone"), get("backbone_weights"))))
+        needs.append(
+            (
+                "backbone",
+                f"{get('backbone')} ({get('backbone_weights')})",
+                _backbone_at_hand(get("backbone"), get("backbone_weights")),
+            )
+        )
     if prefix := clips.get(known.labeler) or ("clip" if scorer or frozen and not get("features") else None):
-        needs.append((prefix, f"{get(prefix)} ({get(prefix + '_weights')})", _clip_at_hand(get(prefix), get(f"{prefix}_weights"))))
+        needs.append(
+            (
+                prefix,
+                f"{get(prefix)} ({get(prefix + '_weights')})",
+                _clip_at_hand(get(prefix), get(f"{prefix}_weights")),
+            )
+        )
     missing = [(field, what) for field, what, there in needs if not there]
     if missing and not network():
         said = " and ".join(what for _, what in missing)
         fields = " ".join(f"--set {field}_weights=FILE" for field, _ in missing)
-        raise AevlpError(f"the weights of {said} are not on this machine and the hub cannot be reached; go online once, or give files: {fields}")
+        raise AevlpError(
+            f"the weights of {said} are not on this machine and the hub cannot be reached; go online once, or give "
+            f"files: {fields}"
+        )
 
 # %% ../nbs/14b_ready.ipynb #bc74b067
 def check(
@@ -127,13 +151,16 @@ def check(
     weights(params["recipe"], params["method"])
     n, size = len(data.splits.get("train", ())), params["recipe"]["batch_size"]
     if n < 2:
-        raise AevlpError(f"{data.name}: {n} training picture{'s' * (n != 1)}; at least two are needed, better fifty a class")
+        raise AevlpError(
+            f"{data.name}: {n} training picture{'s' * (n != 1)}; at least two are needed, better fifty a class"
+        )
     if not (data.observed[data.splits["train"]] == 1).any():
         raise AevlpError(f"{data.name}: no training picture has a positive label; nothing can be learned")
     if size < 2:
         raise AevlpError("batch_size=1: a batch of one picture has no variance to normalise by; take 2 or more")
     if data.own:
         own.stumble(data)
+
 
 MANY = 2000  # training pictures from which a student on a GPU is better than a head
 
@@ -148,7 +175,7 @@ def start(
     method: str,  # a name of `registry.METHODS`
     overrides: dict,  # what the user has chosen
 ) -> tuple:  # fields of the recipe, what is to be said of them
-    "Where to start with own pictures, where nothing is said of the student: a head on CLIP's embeddings, without a GPU on few views."
+    "Where to start with own pictures if nothing is said of the student: a head on CLIP's embeddings."
     known = registry.get(method)
     student = {"backbone", "backbone_weights", "image_size", "train_head", "lr", "head_lr"}
     if known.head != "linear" or getattr(known, "scorer", None) or student & set(overrides):
@@ -156,9 +183,14 @@ def start(
     n, fast = len(data.splits["train"]), gpu()
     if fast and n >= MANY:
         return {}, []
-    chosen = dict(backbone="frozen", batch_size=64, epochs=min(200, max(30, 2000 * 64 // max(n, 1))))  # some 2,000 steps
+    chosen = dict(
+        backbone="frozen", batch_size=64, epochs=min(200, max(30, 2000 * 64 // max(n, 1)))
+    )  # some 2,000 steps
     chosen |= {} if fast else dict(grid=2, view_epochs=1)
     chosen = {k: v for k, v in chosen.items() if k not in overrides}
     why = f"{n} training pictures" if fast else "no GPU"
     typed = " ".join(f"{k}={v}" for k, v in chosen.items())
-    return chosen, [f"{why}: a head on CLIP's embeddings is trained ({typed}); --set backbone=resnet50.tv_in1k trains a network on pixels"]
+    return chosen, [
+        f"{why}: a head on CLIP's embeddings is trained ({typed}); --set backbone=resnet50.tv_in1k trains a network "
+        "on pixels"
+    ]

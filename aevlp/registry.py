@@ -14,81 +14,148 @@ from .data import AevlpError, nearest
 @dataclass(frozen=True)
 class Method:
     "A row of the tables"
+
     name: str
-    title: str             # the paper's row name
-    objective: str         # a key of `methods.OBJECTIVES`
-    labeler: str = 'none'  # a key of `labelers.LABELERS`
-    head: str = 'linear'   # of `models.HEADS`
-    reference: dict = field(default_factory=dict)    # data set -> the paper's mAP, percent
+    title: str  # the paper's row name
+    objective: str  # a key of `methods.OBJECTIVES`
+    labeler: str = "none"  # a key of `labelers.LABELERS`
+    head: str = "linear"  # of `models.HEADS`
+    reference: dict = field(default_factory=dict)  # data set -> the paper's mAP, percent
     independent: dict = field(default_factory=dict)  # data set -> mAP of independent runs, percent
-    source: str = ''       # who proposed it, and where its numbers are
-    scorer: str = ''       # a key of `scorers.SCORERS`: CLIP is asked directly, nothing is trained, there is no objective
+    source: str = ""  # who proposed it, and where its numbers are
+    scorer: str = ""  # a key of `scorers.SCORERS`: CLIP is asked directly, nothing is trained, there is no objective
 
-def _four(*values): return dict(zip(('voc', 'coco', 'nus', 'cub'), values))
 
-_HEADS = {'boostlu-ll-r': 'boostlu', 'mime': 'mime', 'smile': 'smile'}
+def _four(*values):
+    return dict(zip(("voc", "coco", "nus", "cub"), values))
+
+
+_HEADS = {"boostlu-ll-r": "boostlu", "mime": "mime", "smile": "smile"}
 _TABLE1 = (  # name, title, labeler, source, paper, independent runs
-    ('full', 'Full-label (BCE)', 'none', 'Table 1', (89.42, 76.78, 52.08, 30.90), ()),
-    ('an', 'Assume Negative', 'none', 'Cole et al., CVPR 2021; Table 1', (85.89, 64.92, 42.27, 18.31), (85.55, 64.33, 42.49, 18.66)),
-    ('role', 'ROLE', 'none', 'Cole et al., CVPR 2021; Table 1', (87.77, 67.04, 41.63, 13.66), (88.09, 67.02, 41.95, 14.80)),
-    ('em', 'EM', 'none', 'Zhou et al., ECCV 2022; Table 1', (89.09, 70.70, 47.15, 20.85), (88.67, 70.64, 47.25, 20.69)),
-    ('em-apl', 'EM + APL', 'none', 'Zhou et al., ECCV 2022; Table 1', (89.19, 70.87, 47.59, 21.84), (88.86, 70.76, 47.78, 21.20)),
-    ('boostlu-ll-r', 'BoostLU + LL-R', 'none', 'Kim et al., CVPR 2023; Table 1', (89.29, 72.89, 49.59, 19.8), (89.22, 73.27, 49.59, 19.14)),
-    ('smile', 'SMILE', 'none', 'Xu et al., NeurIPS 2022; Table 1', (86.31, 63.33, 43.61, 18.61), (87.31, 70.43, 47.24, 18.61)),
-    ('mime', 'MIME', 'none', 'Liu et al., ICML 2023; Table 1', (89.20, 72.92, 48.74, 21.89), ()),
-    ('gr', 'GR Loss', 'none', 'Chen et al., IJCAI 2024; Table 1', (89.83, 73.17, 49.08, 21.64), ()),
-    ('vlpl', 'VLPL', 'vlpl', 'Xing et al., CVPRW 2024; Tables 1 and 2', (89.10, 71.45, 49.55, 24.02), ()),
-    ('aevlp', 'AEVLP', 'damp', 'Tables 1 and 2 (GPR + DAMP)', (90.46, 73.54, 50.70, 24.89), ()),
+    ("full", "Full-label (BCE)", "none", "Table 1", (89.42, 76.78, 52.08, 30.90), ()),
+    (
+        "an",
+        "Assume Negative",
+        "none",
+        "Cole et al., CVPR 2021; Table 1",
+        (85.89, 64.92, 42.27, 18.31),
+        (85.55, 64.33, 42.49, 18.66),
+    ),
+    (
+        "role",
+        "ROLE",
+        "none",
+        "Cole et al., CVPR 2021; Table 1",
+        (87.77, 67.04, 41.63, 13.66),
+        (88.09, 67.02, 41.95, 14.80),
+    ),
+    ("em", "EM", "none", "Zhou et al., ECCV 2022; Table 1", (89.09, 70.70, 47.15, 20.85), (88.67, 70.64, 47.25, 20.69)),
+    (
+        "em-apl",
+        "EM + APL",
+        "none",
+        "Zhou et al., ECCV 2022; Table 1",
+        (89.19, 70.87, 47.59, 21.84),
+        (88.86, 70.76, 47.78, 21.20),
+    ),
+    (
+        "boostlu-ll-r",
+        "BoostLU + LL-R",
+        "none",
+        "Kim et al., CVPR 2023; Table 1",
+        (89.29, 72.89, 49.59, 19.8),
+        (89.22, 73.27, 49.59, 19.14),
+    ),
+    (
+        "smile",
+        "SMILE",
+        "none",
+        "Xu et al., NeurIPS 2022; Table 1",
+        (86.31, 63.33, 43.61, 18.61),
+        (87.31, 70.43, 47.24, 18.61),
+    ),
+    ("mime", "MIME", "none", "Liu et al., ICML 2023; Table 1", (89.20, 72.92, 48.74, 21.89), ()),
+    ("gr", "GR Loss", "none", "Chen et al., IJCAI 2024; Table 1", (89.83, 73.17, 49.08, 21.64), ()),
+    ("vlpl", "VLPL", "vlpl", "Xing et al., CVPRW 2024; Tables 1 and 2", (89.10, 71.45, 49.55, 24.02), ()),
+    ("aevlp", "AEVLP", "damp", "Tables 1 and 2 (GPR + DAMP)", (90.46, 73.54, 50.70, 24.89), ()),
 )
 
 # %% ../nbs/09b_registry.ipynb #5c55170c
 _TABLE2 = (
-    ('bce+random', 'BCE + Random', 'random', 'Table 2', (86.84, 67.46, 41.23, 10.69), ()),
-    ('gpr+random', 'GPR + Random', 'random', 'Table 2', (87.33, 70.00, 43.60, 14.98), ()),
-    ('gpr+vlpl', 'GPR + VLPL', 'vlpl', 'Table 2', (89.52, 72.83, 49.93, 24.22), ()),
-    ('ll-ct', 'LL-Ct', 'none', 'Kim et al., CVPR 2022; Table 2', (89.00, 70.50, 48.00, 20.40), (87.05, 70.38, 47.93, 19.01)),
-    ('gpr+ll-ct', 'GPR + LL-Ct', 'll-ct', 'Table 2', (89.5, 71.66, 47.72, 20.41), ()),
-    ('bce+damp', 'BCE + DAMP', 'damp', 'Table 2', (88.72, 71.89, 48.60, 24.01), ()),
+    ("bce+random", "BCE + Random", "random", "Table 2", (86.84, 67.46, 41.23, 10.69), ()),
+    ("gpr+random", "GPR + Random", "random", "Table 2", (87.33, 70.00, 43.60, 14.98), ()),
+    ("gpr+vlpl", "GPR + VLPL", "vlpl", "Table 2", (89.52, 72.83, 49.93, 24.22), ()),
+    (
+        "ll-ct",
+        "LL-Ct",
+        "none",
+        "Kim et al., CVPR 2022; Table 2",
+        (89.00, 70.50, 48.00, 20.40),
+        (87.05, 70.38, 47.93, 19.01),
+    ),
+    ("gpr+ll-ct", "GPR + LL-Ct", "ll-ct", "Table 2", (89.5, 71.66, 47.72, 20.41), ()),
+    ("bce+damp", "BCE + DAMP", "damp", "Table 2", (88.72, 71.89, 48.60, 24.01), ()),
 )
 _FIELD = (
-    ('an-ls', 'AN, label smoothing', 'none', 'Cole et al., CVPR 2021', (), (87.55, 67.07, 43.62, 16.45)),
-    ('wan', 'Weak AN', 'none', 'Cole et al., CVPR 2021', (), (87.14, 65.55, 45.79, 14.62)),
-    ('epr', 'EPR', 'none', 'Cole et al., CVPR 2021', (), (85.23, 63.60, 45.24, 19.84)),
-    ('ll-r', 'LL-R', 'none', 'Kim et al., CVPR 2022', (), (87.78, 70.08, 48.05, 18.97)),
-    ('ll-cp', 'LL-Cp', 'none', 'Kim et al., CVPR 2022', (), (87.47, 70.46, 48.00, 19.31)),
+    ("an-ls", "AN, label smoothing", "none", "Cole et al., CVPR 2021", (), (87.55, 67.07, 43.62, 16.45)),
+    ("wan", "Weak AN", "none", "Cole et al., CVPR 2021", (), (87.14, 65.55, 45.79, 14.62)),
+    ("epr", "EPR", "none", "Cole et al., CVPR 2021", (), (85.23, 63.60, 45.24, 19.84)),
+    ("ll-r", "LL-R", "none", "Kim et al., CVPR 2022", (), (87.78, 70.08, 48.05, 18.97)),
+    ("ll-cp", "LL-Cp", "none", "Kim et al., CVPR 2022", (), (87.47, 70.46, 48.00, 19.31)),
 )
 
-_OURS = (('aevlp-augmented', 'AEVLP + shifts + averaging', 'damp', 'ours: AEVLP, its pictures shifted, its weights averaged', (), ()),)
+_OURS = (
+    (
+        "aevlp-augmented",
+        "AEVLP + shifts + averaging",
+        "damp",
+        "ours: AEVLP, its pictures shifted, its weights averaged",
+        (),
+        (),
+    ),
+)
+
 
 def _method(name, title, labeler, source, paper, independent):
-    loss = 'gpr' if name.startswith('aevlp') else name.partition('+')[0]
-    return Method(name, title, loss, labeler, _HEADS.get(loss, 'linear'), _four(*paper), _four(*independent), source)
+    loss = "gpr" if name.startswith("aevlp") else name.partition("+")[0]
+    return Method(name, title, loss, labeler, _HEADS.get(loss, "linear"), _four(*paper), _four(*independent), source)
+
 
 _SCORERS = (  # what CLIP knows without training: name, title, who proposed it
-    ('clip', 'CLIP, whole picture', 'Radford et al., ICML 2021'),
-    ('clip-views', 'CLIP, mean over the views', 'views of DAMP'),
-    ('clip-damp', 'CLIP, final score of DAMP', 'section 5.2, without an observed label'),
-    ('clip-tokens', 'CLIP, dense tokens', 'SCLIP, Wang et al., ECCV 2024; MaskCLIP, Zhou et al., ECCV 2022; read as DAMP'),
-    ('clip-piaa', 'PIAA', 'Wang et al., ICML 2026'),
+    ("clip", "CLIP, whole picture", "Radford et al., ICML 2021"),
+    ("clip-views", "CLIP, mean over the views", "views of DAMP"),
+    ("clip-damp", "CLIP, final score of DAMP", "section 5.2, without an observed label"),
+    (
+        "clip-tokens",
+        "CLIP, dense tokens",
+        "SCLIP, Wang et al., ECCV 2024; MaskCLIP, Zhou et al., ECCV 2022; read as DAMP",
+    ),
+    ("clip-piaa", "PIAA", "Wang et al., ICML 2026"),
 )
 METHODS = {row[0]: _method(*row) for row in _TABLE1 + _FIELD + _TABLE2 + _OURS}
-METHODS |= {name: Method(name, title, '', source=source, scorer=name) for name, title, source in _SCORERS}
+METHODS |= {name: Method(name, title, "", source=source, scorer=name) for name, title, source in _SCORERS}
 TABLE1 = tuple(row[0] for row in _TABLE1)
-TABLE2 = ('bce+random', 'gpr+random', 'vlpl', 'gpr+vlpl', 'll-ct', 'gpr+ll-ct', 'bce+damp', 'aevlp')
+TABLE2 = ("bce+random", "gpr+random", "vlpl", "gpr+vlpl", "ll-ct", "gpr+ll-ct", "bce+damp", "aevlp")
 
 # %% ../nbs/09b_registry.ipynb #17612d22
 def unknown(kind, name, known):  # 'method', what was given, the names that are known
     "The error for a name that is none, with the nearest"
     return AevlpError(f"no {kind} is called '{name}'; the nearest is '{nearest(name, known)}'.")
 
+
 def get(name):  # a name of `METHODS`, or any 'loss+labeler'
     "The method of that name"
     for method in METHODS.values():
-        if name == method.name or method.objective and name == f'{method.objective}+{method.labeler}': return method
-    loss, plus, labeler = name.partition('+')
-    if not plus: raise unknown('method', name, METHODS)
+        if name == method.name or method.objective and name == f"{method.objective}+{method.labeler}":
+            return method
+    loss, plus, labeler = name.partition("+")
+    if not plus:
+        raise unknown("method", name, METHODS)
     from aevlp.labelers import LABELERS  # only now: they import torch and CLIP
     from aevlp.methods import OBJECTIVES
-    if loss not in OBJECTIVES: raise unknown('loss', loss, OBJECTIVES)
-    if labeler not in LABELERS: raise unknown('labeler', labeler, LABELERS)
-    return Method(name, f'{loss} + {labeler}', loss, labeler, _HEADS.get(loss, 'linear'))
+
+    if loss not in OBJECTIVES:
+        raise unknown("loss", loss, OBJECTIVES)
+    if labeler not in LABELERS:
+        raise unknown("labeler", labeler, LABELERS)
+    return Method(name, f"{loss} + {labeler}", loss, labeler, _HEADS.get(loss, "linear"))

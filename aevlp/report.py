@@ -47,9 +47,23 @@ def facts(
     classes = deploy.by_class(run, metrics, names, truth)
     labels = None if scored is None else scored.targets if truth or scored.observed is None else scored.observed == 1
     return SimpleNamespace(
-        run=run, metrics=metrics, params=params, said=said, names=names, history=history, scored=scored, split=split,
-        pictures={"test": "test", "val": "validation"}[split], truth=truth, labels=labels, thresholds_known=bool(cut),
-        cut=np.array([cut.get(n, 0.5) for n in names]), classes=classes, score=classes.columns[0], positives=classes.iloc[:, 1].astype(float))
+        run=run,
+        metrics=metrics,
+        params=params,
+        said=said,
+        names=names,
+        history=history,
+        scored=scored,
+        split=split,
+        pictures={"test": "test", "val": "validation"}[split],
+        truth=truth,
+        labels=labels,
+        thresholds_known=bool(cut),
+        cut=np.array([cut.get(n, 0.5) for n in names]),
+        classes=classes,
+        score=classes.columns[0],
+        positives=classes.iloc[:, 1].astype(float),
+    )
 
 # %% ../nbs/15f_report.ipynb #733ff81d
 def interval(
@@ -83,8 +97,20 @@ def curve(
     mark=None,  # an x to point out
 ):
     "Lines over the epochs."
-    ink = dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.edgecolor", "grid.color",
-                         "xtick.labelcolor", "ytick.labelcolor", "axes.titlecolor"), _INK)
+    ink = dict.fromkeys(
+        (
+            "text.color",
+            "axes.labelcolor",
+            "xtick.color",
+            "ytick.color",
+            "axes.edgecolor",
+            "grid.color",
+            "xtick.labelcolor",
+            "ytick.labelcolor",
+            "axes.titlecolor",
+        ),
+        _INK,
+    )
     with plots.style(**ink, **{"grid.alpha": 0.2, "svg.fonttype": "none", "font.size": 13}):
         fig, ax = plots.canvas(size=(4.6, 2.9))
         for (label, y), colour, marker in zip(lines.items(), plots.CYCLE, plots.MARKERS, strict=False):
@@ -108,7 +134,7 @@ def svg(
     with plots.style(**{"svg.fonttype": "none"}):
         fig.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = out.getvalue().decode()
-    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg"):], flags=re.S).replace(_INK, "currentColor")
+    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.S).replace(_INK, "currentColor")
     text = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{prefix}-", text)
     for size in ("width", "height"):
         text = re.sub(rf'(<svg[^>]*?) {size}="[^"]*"', r"\1", text, count=1)
@@ -131,8 +157,11 @@ def _headline(f) -> str:
     if not found or not n:
         return f"<p>No number: the run kept no scored {f.pictures} pictures.</p>"
     if key == "map" and not f.truth:  # of a run from before there were measures for given labels
-        return _big(found[:1], "average precision against the given labels alone, in percent",
-                    f"{on} whose full truth is unknown: what is there and was not given counts as wrong.")
+        return _big(
+            found[:1],
+            "average precision against the given labels alone, in percent",
+            f"{on} whose full truth is unknown: what is there and was not given counts as wrong.",
+        )
     if key == "map":
         if found[1] is None:  # a run made before it kept the interval
             found = map_interval(f.scored.probs, f.labels, float("nan" if _own(f) else 0)) or found
@@ -140,8 +169,12 @@ def _headline(f) -> str:
         on += "" if clean == n else f", with all labels known of {clean}, some or none of the others"
         on += f"; {without} of {len(f.names)} classes have no positive there" if without else ""
         return _big(found, "mAP in percent", f"{on}. The interval is over pictures like these, not over seeds.")
-    return _big(found, f"{MEASURES[key]} in percent", f"{on} of which only the given labels are known. Their truth is "
-                f"not, so nothing here is called mAP. {ASSUMPTION}") + _given_measures(f)
+    return _big(
+        found,
+        f"{MEASURES[key]} in percent",
+        f"{on} of which only the given labels are known. Their truth is "
+        f"not, so nothing here is called mAP. {ASSUMPTION}",
+    ) + _given_measures(f)
 
 # %% ../nbs/15f_report.ipynb #558dc38b
 def _own(f) -> bool:
@@ -165,7 +198,9 @@ def _curves(f) -> str:
     "Loss, and what the best epoch was chosen by."
     history, best = f.history, f.metrics.get("best_epoch")
     parts = []
-    drawn = dict(loss="training loss", val_map="validation mAP (%)", val_auc_observed="validation AUC, given labels (%)")
+    drawn = dict(
+        loss="training loss", val_map="validation mAP (%)", val_auc_observed="validation AUC, given labels (%)"
+    )
     for column, title in drawn.items():
         if column in history and history[column].notna().any():
             lines = curve(history.epoch, {title: history[column]}, title, best)
@@ -186,8 +221,11 @@ def _pseudo(f) -> str:
 # %% ../nbs/15f_report.ipynb #61e5e46f
 def _beside(f) -> str:
     "The student, CLIP alone, and both together."
-    rows = [("the classifier", "test_map", "val_map"), ("CLIP alone", "clip_test_map", "clip_val_map"),
-            ("both together", "fused_test_map", "fused_val_map")]
+    rows = [
+        ("the classifier", "test_map", "val_map"),
+        ("CLIP alone", "clip_test_map", "clip_val_map"),
+        ("both together", "fused_test_map", "fused_val_map"),
+    ]
     if f.metrics.get("clip_test_map") is None and f.metrics.get("fused_test_map") is None:
         return ""
     lines = [[title, _number(f.metrics.get(val)), _number(f.metrics.get(test))] for title, test, val in rows]
@@ -203,7 +241,10 @@ def table(
 ) -> str:
     "A table that scrolls by itself on a narrow screen."
     cell = (lambda v: v) if raw else text
-    line = lambda name, *rest: f"<tr><th scope=row>{cell(name)}</th>{''.join(f'<td>{cell(v)}</td>' for v in rest)}</tr>"
+
+    def line(name, *rest):
+        return f"<tr><th scope=row>{cell(name)}</th>{''.join(f'<td>{cell(v)}</td>' for v in rest)}</tr>"
+
     lines = "".join(line(*row) for row in rows)
     top = "".join(f"<th scope=col>{text(h)}</th>" for h in head)
     return f'<div class="wide"><table><thead><tr>{top}</tr></thead><tbody>{lines}</tbody></table></div>'
@@ -238,7 +279,10 @@ def _at_threshold(f, c) -> list:
         return ["–"] * (3 if f.truth else 2)
     said, truth = f.scored.probs[:, c] >= f.cut[c], f.labels[:, c]
     right, known = int((said & (truth == 1)).sum()), int((said & (truth >= 0)).sum())
-    share = lambda part, whole: f"{100 * part / whole:.0f}" if whole else "–"
+
+    def share(part, whole):
+        return f"{100 * part / whole:.0f}" if whole else "–"
+
     recall = share(right, int((truth == 1).sum()))
     return [*([share(right, known)] if f.truth else []), recall, str(int(said.sum()))]
 
@@ -248,7 +292,10 @@ def margins(
     cut,  # (C,) thresholds
 ) -> np.ndarray:  # (n, C); above 0 where the label is given
     "Log-odds above the threshold."
-    odds = lambda p: np.log(np.clip(p, 1e-6, 1 - 1e-6)) - np.log1p(-np.clip(p, 1e-6, 1 - 1e-6))
+
+    def odds(p):
+        return np.log(np.clip(p, 1e-6, 1 - 1e-6)) - np.log1p(-np.clip(p, 1e-6, 1 - 1e-6))
+
     return odds(np.asarray(probs, dtype=np.float64)) - odds(np.asarray(cut, dtype=np.float64))
 
 # %% ../nbs/15f_report.ipynb #5ad860f7
@@ -306,8 +353,10 @@ def _card(f, i, lines) -> str:
     name = f.scored.names[i] if f.scored.names else f"picture {i}"
     small = thumbnail(f.said.get("root", ""), name) if f.scored.names and f.said.get("root") else None
     f.shown.append(small is not None)
-    return (f'<figure class="card">{small or "<div class=gone>picture not found</div>"}<figcaption>{"<br>".join(lines)}'
-            f'<span class="quiet">{text(name)}</span></figcaption></figure>')
+    return (
+        f'<figure class="card">{small or "<div class=gone>picture not found</div>"}<figcaption>{"<br>".join(lines)}'
+        f'<span class="quiet">{text(name)}</span></figcaption></figure>'
+    )
 
 # %% ../nbs/15f_report.ipynb #131a1fbe
 def _surprising(f) -> str:
@@ -318,7 +367,9 @@ def _surprising(f) -> str:
     cards = []
     for i, c in surprises(f.scored.probs, given, f.cut):
         p, rank = f.scored.probs[i, c], int((f.scored.probs[i] > f.scored.probs[i, c]).sum()) + 1
-        missed = f"{'is there' if f.truth else 'was given'}, ranked {rank} of {len(f.names)} ({p:.2f}, needs {f.cut[c]:.2f})"
+        missed = (
+            f"{'is there' if f.truth else 'was given'}, ranked {rank} of {len(f.names)} ({p:.2f}, needs {f.cut[c]:.2f})"
+        )
         said = missed if given[i, c] == 1 else f"{p:.2f} (needs {f.cut[c]:.2f}), but is not there"
         cards.append(_card(f, i, [f"<b>{text(f.names[c])}</b> {said}"]))
     return f'<div class="cards">{"".join(cards)}</div>' if cards else "<p>No mistake at the thresholds.</p>"
@@ -332,10 +383,16 @@ def _worst(f) -> str:
     if f.truth:
         for i in worst(f.scored.probs, f.labels, f.cut):
             said, true = f.scored.probs[i] >= f.cut, f.labels[i]
-            names = lambda mask: ", ".join(text(n) for n, yes in zip(f.names, mask, strict=True) if yes) or "–"
+
+            def names(mask):
+                return ", ".join(text(n) for n, yes in zip(f.names, mask, strict=True) if yes) or "–"
+
             wrong, missed, right = said & (true == 0), ~said & (true == 1), said & (true == 1)
-            cards.append(_card(f, i, [f"wrong: <b>{names(wrong)}</b>", f"missed: <b>{names(missed)}</b>",
-                                      f"right: {names(right)}"]))
+            cards.append(
+                _card(
+                    f, i, [f"wrong: <b>{names(wrong)}</b>", f"missed: <b>{names(missed)}</b>", f"right: {names(right)}"]
+                )
+            )
     else:
         for i, c in surprises(f.scored.probs, np.where(f.labels == 1, -1, 0), f.cut):
             sure = f"{f.scored.probs[i, c]:.2f} (needs {f.cut[c]:.2f})"
@@ -365,8 +422,15 @@ def _together(f) -> str:
     if f.scored is None or not f.thresholds_known:
         return ""
     pairs = together(f.scored.probs >= f.cut, f.labels if f.truth else None)
-    rows = [[f"{f.names[int(r.first)]} with {f.names[int(r.second)]}", int(r.pictures), f"{r.lift:.1f}",
-             *([int(r.truly)] if f.truth else [])] for r in pairs.itertuples()]
+    rows = [
+        [
+            f"{f.names[int(r.first)]} with {f.names[int(r.second)]}",
+            int(r.pictures),
+            f"{r.lift:.1f}",
+            *([int(r.truly)] if f.truth else []),
+        ]
+        for r in pairs.itertuples()
+    ]
     head = ["pair", "given to", "times by chance", *(["truly together"] if f.truth else [])]
     return table(head, rows) if rows else ""
 
@@ -375,8 +439,9 @@ def advice(
     f: SimpleNamespace,  # of `facts`
 ) -> list:  # of sentences, the most useful first
     "What the numbers suggest to do."
-    return [s for rule in (_about_labels, _about_training, _about_pseudo, _about_fusion) for s in rule(f)] or \
-        ["Nothing in the numbers asks for a change: look at the pictures above."]
+    return [s for rule in (_about_labels, _about_training, _about_pseudo, _about_fusion) for s in rule(f)] or [
+        "Nothing in the numbers asks for a change: look at the pictures above."
+    ]
 
 
 def _some(names, most=6) -> str:
@@ -388,8 +453,10 @@ def _about_labels(f) -> list:
     "What the labels lack."
     said, few = [], f.positives.fillna(np.inf)
     if not f.truth:
-        said.append("The truth of no picture is known. Look at about a hundred test and validation pictures with "
-                    f"`aevlp app --review --run {f.run.name}`: then mAP can be measured and thresholds chosen by it.")
+        said.append(
+            "The truth of no picture is known. Look at about a hundred test and validation pictures with "
+            f"`aevlp app --review --run {f.run.name}`: then mAP can be measured and thresholds chosen by it."
+        )
     if none := list(f.classes.index[few == 0]):
         said.append(f"No {f.pictures} picture shows {_some(none)}, of which nothing is known: add some to it.")
     if rare := list(f.classes.index[(few > 0) & (few < 10)]):
@@ -422,11 +489,15 @@ def _about_pseudo(f) -> list:
     if precision is None or recall is None:
         return []
     if precision < 0.7:
-        return [f"Of the pseudo-labels {100 * precision:.0f} % were right: "
-                "a higher `global_threshold` makes them fewer and better."]
+        return [
+            f"Of the pseudo-labels {100 * precision:.0f} % were right: "
+            "a higher `global_threshold` makes them fewer and better."
+        ]
     if recall < 0.3:
-        return [f"The pseudo-labels found {100 * recall:.0f} % of the missing positives: "
-                "a lower `global_threshold` finds more."]
+        return [
+            f"The pseudo-labels found {100 * recall:.0f} % of the missing positives: "
+            "a lower `global_threshold` finds more."
+        ]
     return []
 
 
@@ -477,9 +548,11 @@ def page(
     body: str,  # HTML
 ) -> str:
     "A whole HTML file, without anything from elsewhere."
-    return (f'<!doctype html><html lang="en"><head><meta charset="utf-8">{outcome.GENERATOR}'
-            f'<meta name="viewport" content="width=device-width,initial-scale=1"><title>{text(title)}</title>'
-            f"<style>{_STYLE}</style></head><body>{body}</body></html>\n")
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8">{outcome.GENERATOR}'
+        f'<meta name="viewport" content="width=device-width,initial-scale=1"><title>{text(title)}</title>'
+        f"<style>{_STYLE}</style></head><body>{body}</body></html>\n"
+    )
 
 
 def _code(sentence) -> str:
@@ -497,11 +570,17 @@ def of_run(
     out, f.shown = outcome.keep_foreign(out or f.run / "report.html", outcome.is_page), []
     method = runs.registry.get(f.params["method"]).title
     learned = f"{method} on {f.said.get('dataset') or f.params['dataset']}, seed {f.params['seed']}"
-    parts = {"What to do next": f"<ul>{''.join(f'<li>{_code(s)}</li>' for s in advice(f))}</ul>",
-             "Learning": _curves(f), "Classes": _classes(f), "Most surprising pictures": _surprising(f),
-             "Pictures with most mistakes" if f.truth else "Perhaps missing labels": _worst(f),
-             "Given together": _together(f), "Pseudo-labels": _pseudo(f), "Beside CLIP": _beside(f),
-             "Settings": _settings(f)}
+    parts = {
+        "What to do next": f"<ul>{''.join(f'<li>{_code(s)}</li>' for s in advice(f))}</ul>",
+        "Learning": _curves(f),
+        "Classes": _classes(f),
+        "Most surprising pictures": _surprising(f),
+        "Pictures with most mistakes" if f.truth else "Perhaps missing labels": _worst(f),
+        "Given together": _together(f),
+        "Pseudo-labels": _pseudo(f),
+        "Beside CLIP": _beside(f),
+        "Settings": _settings(f),
+    }
     notes = [f"Since the run was made: {f.said['note']}."] if f.said.get("note") else []
     if gone := f.shown.count(False):
         notes.append(f"{gone} of {len(f.shown)} pictures are not where they were and are not shown.")
@@ -572,10 +651,18 @@ def _settings(f) -> str:
     return f"<details><summary>{len(rows)} settings</summary>{table(['setting', 'value'], rows)}</details>"
 
 # %% ../nbs/15f_report.ipynb #7d759110
-_RESULTS = dict(test_map="test mAP", val_map="validation mAP", clip_test_map="CLIP alone, test mAP",
-                fused_test_map="with CLIP, test mAP", average_precision="pseudo-label precision",
-                average_recall="pseudo-label recall", accumulated_recall="recall so far", best_epoch="best epoch",
-                epochs_run="epochs", seconds="seconds")
+_RESULTS = dict(
+    test_map="test mAP",
+    val_map="validation mAP",
+    clip_test_map="CLIP alone, test mAP",
+    fused_test_map="with CLIP, test mAP",
+    average_precision="pseudo-label precision",
+    average_recall="pseudo-label recall",
+    accumulated_recall="recall so far",
+    best_epoch="best epoch",
+    epochs_run="epochs",
+    seconds="seconds",
+)
 
 
 def compare(
@@ -587,8 +674,13 @@ def compare(
     labels = [f.run.name for f in found]
     if len(set(labels)) < 2:
         raise AevlpError("a comparison needs two runs or more")
-    return dict(settings=_different([_flat(f) for f in found], labels), results=_results(found, labels),
-                classes=_class_table(found, labels), pictures=_over_pictures(found), seeds=_over_seeds(found))
+    return dict(
+        settings=_different([_flat(f) for f in found], labels),
+        results=_results(found, labels),
+        classes=_class_table(found, labels),
+        pictures=_over_pictures(found),
+        seeds=_over_seeds(found),
+    )
 
 
 def _flat(f) -> dict:
@@ -607,9 +699,16 @@ def _different(rows, labels) -> pd.DataFrame:
 
 def _results(found, labels) -> pd.DataFrame:
     "Numbers of each run, one column a run."
-    rows = [{title: f.metrics.get(k) for k, title in _RESULTS.items()}
-            | {f"{split}, {MEASURES[k]}": v[0] for split, key in (("test", "test"), ("validation", "val"))
-               for k, v in (f.metrics.get(key) or {}).items() if k in MEASURES and k != "map" and v} for f in found]
+    rows = [
+        {title: f.metrics.get(k) for k, title in _RESULTS.items()}
+        | {
+            f"{split}, {MEASURES[k]}": v[0]
+            for split, key in (("test", "test"), ("validation", "val"))
+            for k, v in (f.metrics.get(key) or {}).items()
+            if k in MEASURES and k != "map" and v
+        }
+        for f in found
+    ]
     table = pd.DataFrame(rows, index=labels).T.rename_axis("result")
     return table[table.notna().any(axis=1)].astype(float)
 
@@ -626,8 +725,9 @@ def _same_pictures(a, b) -> bool:
     "Whether two runs were scored on the same pictures with the same labels."
     if a.scored is None or b.scored is None or not (a.truth and b.truth):
         return False
-    return ((a.names, a.split, a.scored.names) == (b.names, b.split, b.scored.names)
-            and np.array_equal(a.scored.targets, b.scored.targets))
+    return (a.names, a.split, a.scored.names) == (b.names, b.split, b.scored.names) and np.array_equal(
+        a.scored.targets, b.scored.targets
+    )
 
 
 def _over_pictures(found) -> pd.DataFrame:
@@ -637,8 +737,10 @@ def _over_pictures(found) -> pd.DataFrame:
         if not _same_pictures(first, f):
             continue
         empty, truth = float("nan" if _own(f) else 0), f.scored.targets
-        difference = lambda i, f=f: (mean_ap(f.scored.probs[i], truth[i], empty)
-                                     - mean_ap(first.scored.probs[i], truth[i], empty))
+
+        def difference(i, f=f):
+            return mean_ap(f.scored.probs[i], truth[i], empty) - mean_ap(first.scored.probs[i], truth[i], empty)
+
         n = len(f.scored.probs)
         draws = 200 if f.scored.probs.size < 10**6 else 40
         rows.append((f.run.name, first.run.name, difference(np.arange(n)), *interval(difference, n, draws), n))
@@ -666,9 +768,12 @@ def _over_seeds(found) -> pd.DataFrame:
 
 # %% ../nbs/15f_report.ipynb #1a97105d
 TITLES = dict(
-    settings="Settings that differ", results="Results", classes="Average precision per class",
+    settings="Settings that differ",
+    results="Results",
+    classes="Average precision per class",
     pictures="Difference in mAP over the same pictures, with its 95 % interval",
-    seeds="Over seeds: mean test mAP, difference from the first, paired t-test")
+    seeds="Over seeds: mean test mAP, difference from the first, paired t-test",
+)
 
 
 def compared_page(
@@ -680,7 +785,10 @@ def compared_page(
     for key, title in TITLES.items():
         frame = found[key]
         if len(frame):
-            shown = lambda v: _number(v, 2) if isinstance(v, float) else v
+
+            def shown(v):
+                return _number(v, 2) if isinstance(v, float) else v
+
             rows = [[name, *map(shown, row)] for name, row in zip(frame.index, frame.to_numpy(object), strict=True)]
             parts.append(f"<section><h2>{title}</h2>{table([frame.index.name or '', *frame.columns], rows)}</section>")
     write_text(out, page("Runs compared", "".join(parts)))

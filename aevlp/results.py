@@ -86,21 +86,54 @@ def rows(
 ) -> pd.DataFrame:  # label, seed, paper, run, and all columns of `runs.frame()`; NaN where the run is missing
     "The runs of a sweep on one data set, finished ones with their numbers."
     from aevlp import registry
+
     plan = runs.expand(spec, dataset, root, csv, seeds, overrides)
-    paper = [registry.get(m).reference.get(dataset) if pd.isna(p) and not _OTHERS & set(given["overrides"]) else p
-             for m, p, given in zip(plan.method, plan.paper.astype(object), plan.params, strict=True)]
+    paper = [
+        registry.get(m).reference.get(dataset) if pd.isna(p) and not _OTHERS & set(given["overrides"]) else p
+        for m, p, given in zip(plan.method, plan.paper.astype(object), plan.params, strict=True)
+    ]
     found = runs.frame(folder)
     found = found[found.state == "done"].drop_duplicates("key", keep="last")
-    kept = plan.assign(paper=paper, wanted=plan.run).drop(columns=["params", "run", "method", "seed", "dataset"]).assign(
-        method=plan.method, seed=plan.seed)
-    return _with_published(kept.merge(found.drop(columns=["method", "seed"]), on="key", how="left"), plan.params, dataset)
+    kept = (
+        plan.assign(paper=paper, wanted=plan.run)
+        .drop(columns=["params", "run", "method", "seed", "dataset"])
+        .assign(method=plan.method, seed=plan.seed)
+    )
+    return _with_published(
+        kept.merge(found.drop(columns=["method", "seed"]), on="key", how="left"), plan.params, dataset
+    )
 
 
 ASKED = ("method", "seed", "fidelity", "observation", "overrides")  # what tells published results from each other
-SETTLED = ("epochs", "batch_size", "lr", "precision", "threads", "portable", "backbone", "clip")  # and must be as they were
-PUBLISHED = ("label", *ASKED, *SETTLED, "arithmetic", "test_map", "val_map", "best_epoch", "clip_test_map", "fused_test_map",
-             "fusion_weight", "average_precision", "average_recall", "accumulated_precision", "accumulated_recall",
-             "seconds", "version", "commit")
+SETTLED = (
+    "epochs",
+    "batch_size",
+    "lr",
+    "precision",
+    "threads",
+    "portable",
+    "backbone",
+    "clip",
+)  # and must be as they were
+PUBLISHED = (
+    "label",
+    *ASKED,
+    *SETTLED,
+    "arithmetic",
+    "test_map",
+    "val_map",
+    "best_epoch",
+    "clip_test_map",
+    "fused_test_map",
+    "fusion_weight",
+    "average_precision",
+    "average_recall",
+    "accumulated_precision",
+    "accumulated_recall",
+    "seconds",
+    "version",
+    "commit",
+)
 
 
 def _asked(row) -> tuple:  # of text
@@ -114,10 +147,16 @@ def _with_published(table, params, dataset) -> pd.DataFrame:
         return table.assign(published=False)
     known = {_asked(row): row for row in pd.read_csv(path).to_dict("records")}
     numbers = list(PUBLISHED[1 + len(ASKED) :])
-    table = table.reindex(columns=[*table, *(c for c in numbers if c not in table)]).astype({c: object for c in numbers})
+    table = table.reindex(columns=[*table, *(c for c in numbers if c not in table)]).astype(
+        {c: object for c in numbers}
+    )
     taken = np.zeros(len(table), dtype=bool)
     for i, (run, given) in enumerate(zip(table.run, params, strict=True)):
-        row = known.get(_asked({**given, **given["recipe"], "overrides": runs._overrides(given)})) if pd.isna(run) else None
+        row = (
+            known.get(_asked({**given, **given["recipe"], "overrides": runs._overrides(given)}))
+            if pd.isna(run)
+            else None
+        )
         if row:
             taken[i] = True
             for c in numbers:
@@ -147,11 +186,14 @@ def missing(
     root=None,
     csv=None,
 ) -> str | None:
-    "One sentence: which runs are missing and the command that makes them, or that kernels differ; None where all is well."
+    "One sentence: which runs are missing and the command that makes them, or that kernels differ; None if all is well."
     lacking = table[table.run.isna()]
     kernels = table.get("arithmetic", pd.Series(dtype=object)).dropna().unique()
     if len(kernels) > 1:
-        return f"The rows were computed with different kernels ({', '.join(sorted(kernels))}): their digits do not compare."
+        return (
+            f"The rows were computed with different kernels ({', '.join(sorted(kernels))}): their digits do not "
+            "compare."
+        )
     if lacking.empty:
         return None
     if lacking.get("published", pd.Series(False, lacking.index)).all():
@@ -160,8 +202,10 @@ def missing(
     place = "" if dataset == "glyphs" else f" --root {root or 'DIR'}" + (f" --csv {csv}" if csv else "")
     seeds = ",".join(str(s) for s in sorted(lacking.seed.unique()))
     labels = ", ".join(lacking.label.unique()[:4]) + (", …" if lacking.label.nunique() > 4 else "")
-    return (f"{len(lacking)} of {len(table)} runs are missing ({labels}); "
-            f"`aevlp sweep {name} --dataset {dataset}{place} --seeds {seeds}` makes them.")
+    return (
+        f"{len(lacking)} of {len(table)} runs are missing ({labels}); "
+        f"`aevlp sweep {name} --dataset {dataset}{place} --seeds {seeds}` makes them."
+    )
 
 
 def beside_paper(
@@ -220,10 +264,9 @@ def best_baseline(
     table: pd.DataFrame,  # of `rows`
     metric: str = "test_map",  # the column to compare
 ) -> str | None:
-    "The row with the highest mean among those that are neither AEVLP nor fully labelled; without such, the second best."
+    "The row with the highest mean that is neither AEVLP nor fully labelled; without such, the second best."
     means = table.dropna(subset=[metric]).groupby("label")[metric].mean().sort_values(ascending=False)
-    plain = means[[label for label in means.index
-                   if not set(table[table.label == label].method) & {"aevlp", "full"}]]
+    plain = means[[label for label in means.index if not set(table[table.label == label].method) & {"aevlp", "full"}]]
     return plain.index[0] if len(plain) else means.index[1] if len(means) > 1 else None
 
 
@@ -234,7 +277,9 @@ def _measured(table) -> tuple:  # column, words
 
 
 def _picture(figure, words) -> str:
-    return f'<img alt="{html.escape(words)}" src="data:image/png;base64,{base64.b64encode(plots.png(figure)).decode()}">'
+    return (
+        f'<img alt="{html.escape(words)}" src="data:image/png;base64,{base64.b64encode(plots.png(figure)).decode()}">'
+    )
 
 
 def _table_html(table) -> str:
@@ -260,16 +305,21 @@ def _failed(plan, folder) -> list:
         if runs.status(folder / name)["state"] == "failed":
             why = runs._read_json(folder / name / "error.json")
             lines = html.escape("\n".join(why.get("last_lines", [])))
-            parts.append(f'<h3>{html.escape(name)}</h3><p>{html.escape(why.get("error", "no error was recorded"))} '
-                         f'<a href="{quote(name)}/train.ipynb">notebook</a></p><pre>{lines}</pre>')
+            parts.append(
+                f"<h3>{html.escape(name)}</h3><p>{html.escape(why.get('error', 'no error was recorded'))} "
+                f'<a href="{quote(name)}/train.ipynb">notebook</a></p><pre>{lines}</pre>'
+            )
     return parts
 
 
 def _links(table) -> str:
     done = table.dropna(subset=["run"])
     value, measured = _measured(done)
-    lines = [f'<tr><td>{html.escape(r.label)}</td><td>{r.seed}</td><td>{"–" if pd.isna(v) else f"{v:.2f}"}</td>'
-             f'<td><a href="{quote(r.run)}/train.ipynb">{html.escape(r.run)}</a></td></tr>' for r, v in zip(done.itertuples(), done[value], strict=True)]
+    lines = [
+        f"<tr><td>{html.escape(r.label)}</td><td>{r.seed}</td><td>{'–' if pd.isna(v) else f'{v:.2f}'}</td>"
+        f'<td><a href="{quote(r.run)}/train.ipynb">{html.escape(r.run)}</a></td></tr>'
+        for r, v in zip(done.itertuples(), done[value], strict=True)
+    ]
     return f"<table><tr><th>row<th>seed<th>test {measured} (%)<th>notebook</tr>{''.join(lines)}</table>"
 
 
@@ -281,13 +331,19 @@ def _section(spec, name, root, csv, seeds, folder, past) -> list:
     if lack := missing(table, spec, name, root, csv):
         parts.append(f"<p>{html.escape(lack)}</p>")
     value, measured = _measured(table)
-    columns = {value: (f"test {measured} (%)", 1), value.replace("test", "val"): (f"validation {measured} (%)", 1), "wall": ("seconds", 1)}
+    columns = {
+        value: (f"test {measured} (%)", 1),
+        value.replace("test", "val"): (f"validation {measured} (%)", 1),
+        "wall": ("seconds", 1),
+    }
     parts.append(_table_html(beside_paper(table, columns, baseline, value)))
     if value != "test_map":
         parts.append(f'<p class="quiet">{html.escape(ASSUMPTION)}</p>')
     if baseline:
-        parts.append(f'<p class="quiet">Mean ± 95 % t-interval (seeds). Differences from {html.escape(baseline)}, '
-                     "the best baseline, by a paired t-test over common seeds.</p>")
+        parts.append(
+            f'<p class="quiet">Mean ± 95 % t-interval (seeds). Differences from {html.escape(baseline)}, '
+            "the best baseline, by a paired t-test over common seeds.</p>"
+        )
     return [*parts, *_figures(table, past), "<h3>Runs</h3>", _links(table)]
 
 # %% ../nbs/15b_results.ipynb #eba74f4f
@@ -316,11 +372,16 @@ def report(
         parts += ["<h2>Failed runs</h2>", *failed]
     about = runs.provenance()
     parts.append(f'<p class="quiet">aevlp {about["version"]}, commit {about["commit"] or "unknown"}</p>')
-    head = f'<meta charset="utf-8">{outcome.GENERATOR}<meta name="viewport" content="width=device-width"><title>{html.escape(spec["name"])}</title>'
+    head = (
+        f'<meta charset="utf-8">{outcome.GENERATOR}<meta name="viewport" '
+        f'content="width=device-width"><title>{html.escape(spec["name"])}</title>'
+    )
     body = "\n".join(parts)
     if out.parent != folder:
         body = body.replace('href="', f'href="{folder.as_uri()}/')
-    write_text(out, f"<!doctype html><html lang=en><head>{head}<style>{_STYLE}</style></head><body>{body}</body></html>")
+    write_text(
+        out, f"<!doctype html><html lang=en><head>{head}<style>{_STYLE}</style></head><body>{body}</body></html>"
+    )
     return out
 
 # %% ../nbs/15b_results.ipynb #a4c0f364
@@ -330,7 +391,13 @@ def passes(
 ) -> int:  # of CLIP's image tower over each training picture, where no bank holds them
     "What training asks of CLIP."
     views = 1 + recipe.grid**2
-    each = {"damp": views * recipe.epochs, "fixed-damp": views, "tokens": recipe.epochs, "piaa": recipe.epochs, "vlpl": 1}
+    each = {
+        "damp": views * recipe.epochs,
+        "fixed-damp": views,
+        "tokens": recipe.epochs,
+        "piaa": recipe.epochs,
+        "vlpl": 1,
+    }
     if method.scorer:
         return int(method.scorer == "clip-piaa")
     if recipe.backbone == "frozen":  # its views are those of the labeler, of a few epochs in turn
@@ -356,8 +423,10 @@ def milliseconds(
 ) -> dict:  # kind -> milliseconds a picture
     "What a prediction takes on this machine, decoding left out."
     import torch
+
     from aevlp import models, scorers, train
     from aevlp.data import decode, threads
+
     images = [torch.from_numpy(decode(data.paths[i])).permute(2, 0, 1) for i in data.splits["test"][:pictures]]
     found = {}
     with threads(recipe.threads), torch.no_grad():
@@ -379,9 +448,12 @@ def prices(
 ) -> pd.DataFrame:  # label -> kind, passes, milliseconds, milliseconds with CLIP
     "What each row of a table costs, in training and at a prediction."
     from aevlp import recipes, registry
+
     plan = runs.expand(spec, dataset, root, csv, seeds=[0])
     given = {row.label: (registry.get(row.method), recipes.Recipe(**row.params["recipe"])) for row in plan.itertuples()}
-    own = {label: m.scorer or ("clip-views" if r.backbone == "frozen" else "classifier") for label, (m, r) in given.items()}
+    own = {
+        label: m.scorer or ("clip-views" if r.backbone == "frozen" else "classifier") for label, (m, r) in given.items()
+    }
     beside = {r.with_clip for m, r in given.values() if r.with_clip and not m.scorer}
     recipe = next(r for m, r in given.values() if not m.scorer and r.backbone != "frozen")
     try:
@@ -393,8 +465,15 @@ def prices(
     for label, (method, made) in given.items():
         kind = "no training" if method.scorer else "head" if made.backbone == "frozen" else "classifier"
         both = None if method.scorer or not made.with_clip else took[own[label]] + took[made.with_clip]
-        lines.append({"": label, "kind": kind, "passes": passes(method, made), "milliseconds": took[own[label]],
-                      "milliseconds with CLIP": both})
+        lines.append(
+            {
+                "": label,
+                "kind": kind,
+                "passes": passes(method, made),
+                "milliseconds": took[own[label]],
+                "milliseconds with CLIP": both,
+            }
+        )
     return pd.DataFrame(lines).set_index("")
 
 
@@ -408,16 +487,29 @@ def points(
         price = prices.loc[label]
         spent = group.get("seconds", pd.Series(dtype=float)).astype(float).mean()
         seconds = 1.0 if price.kind == "no training" else max(spent, 1.0)
-        for column, cost, also in (("test_map", "milliseconds", ""), ("fused_test_map", "milliseconds with CLIP", " + CLIP")):
+        for column, cost, also in (
+            ("test_map", "milliseconds", ""),
+            ("fused_test_map", "milliseconds with CLIP", " + CLIP"),
+        ):
             values = group[column].astype(float).dropna() if column in group else pd.Series(dtype=float)
             if len(values) and pd.notna(price[cost]):
                 half = float(plots.half_interval(values.groupby(lambda _: 0)).iloc[0])
-                lines.append(dict(label=label + also, kind=price.kind + also, map=values.mean(), half=half,
-                                  milliseconds=price[cost], seconds=seconds))
+                lines.append(
+                    dict(
+                        label=label + also,
+                        kind=price.kind + also,
+                        map=values.mean(),
+                        half=half,
+                        milliseconds=price[cost],
+                        seconds=seconds,
+                    )
+                )
     return pd.DataFrame(lines)
 
 # %% ../nbs/15b_results.ipynb #664e597d
-DEMO = dict(name="demo", datasets=["glyphs"], methods=["full", "an", "gr", "aevlp"], overrides=dict(epochs=8))  # of up to 24
+DEMO = dict(
+    name="demo", datasets=["glyphs"], methods=["full", "an", "gr", "aevlp"], overrides=dict(epochs=8)
+)  # of up to 24
 PICTURES = ("figure2", "figure3", "damp_quality")
 
 
@@ -451,7 +543,9 @@ def demo(
     began, folder = time.monotonic(), Path(folder or runs.runs_root()).absolute()
     figures = Path(figures or figures_root()).absolute()
     spec = dict(DEMO, seeds=list(range(seeds)))
-    plan = pd.concat([runs.expand(spec), runs.expand("figure3", seeds=[0], overrides=spec["overrides"])]).drop_duplicates("run")
+    plan = pd.concat(
+        [runs.expand(spec), runs.expand("figure3", seeds=[0], overrides=spec["overrides"])]
+    ).drop_duplicates("run")
     made = runs.sweep(plan, workers=workers, runs=folder, show=show)
     failed = made[~made.state.isin(["done", "reused"])]
     for i, notebook in enumerate(PICTURES if failed.empty else (), 1):
@@ -459,9 +553,12 @@ def demo(
         render(notebook, folder=folder, figures=figures, seeds=[0], overrides=DEMO["overrides"])
     table = summary(spec, folder)
     save_table(table, figures / "glyphs" / "summary")
-    print(f"\n{table.to_string()}\n\n{DEMO['overrides']['epochs']} epochs, where the tables take up to 24: the order is theirs, "
-          f"the numbers are lower.\npictures  {figures / 'glyphs'}\nruns      {folder}\ntime      "
-          f"{runs._clock(time.monotonic() - began)}")
+    print(
+        f"\n{table.to_string()}\n\n{DEMO['overrides']['epochs']} epochs, where the tables take up to 24: the order is "
+        "theirs, "
+        f"the numbers are lower.\npictures  {figures / 'glyphs'}\nruns      {folder}\ntime      "
+        f"{runs._clock(time.monotonic() - began)}"
+    )
     if len(failed):
         raise runs.RunFailed(f"{len(failed)} runs did not end: {failed.iloc[0].run}: {failed.iloc[0].error}")
     return table
@@ -473,6 +570,10 @@ def summary(
 ) -> pd.DataFrame:
     "Test mAP, and precision and recall of the pseudo-labels on missing positives, in percent."
     table = rows(spec, "glyphs", folder=folder)
-    shown = {"test_map": ("test mAP", 1), "average_precision": ("pseudo-label precision", 100),
-             "average_recall": ("recall", 100), "accumulated_recall": ("accumulated recall", 100)}
+    shown = {
+        "test_map": ("test mAP", 1),
+        "average_precision": ("pseudo-label precision", 100),
+        "average_recall": ("recall", 100),
+        "accumulated_recall": ("accumulated recall", 100),
+    }
     return beside_paper(table, shown).rename_axis("method")

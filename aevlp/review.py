@@ -25,50 +25,64 @@ from .reviewed import ORDERS, Review, draw, in_percent, map_of, names_of, predic
 from .vlm import similarities
 
 # %% ../nbs/16b_review.ipynb #3fdb3bb8
-LOOKS = 500 # pictures that CLIP is asked about before a review begins: seconds to minutes
+LOOKS = 500  # pictures that CLIP is asked about before a review begins: seconds to minutes
 
 
 def opinions(
-    state, # an `Explorer`
-    ids, # positions in the data set, of its split
-) -> tuple: # final scores (n, C) float32 in [0, 1], pseudo-labels (n, C) int8
+    state,  # an `Explorer`
+    ids,  # positions in the data set, of its split
+) -> tuple:  # final scores (n, C) float32 in [0, 1], pseudo-labels (n, C) int8
     "What DAMP says of pictures, from evaluation views: a function of the picture alone, through the bank."
     recipe, data = state.recipe, state.data
     settings = view_settings(recipe, state.clip)
-    eyes = Eyes(state.clip, settings, recipe.view_seed, open_bank(data, state.split, state.clip, settings, recipe.view_seed))
-    parts = list(progress(eyes.over(data, ids), 'CLIP looks at the pictures', total=-(-len(ids) // 64)))
+    eyes = Eyes(
+        state.clip, settings, recipe.view_seed, open_bank(data, state.split, state.clip, settings, recipe.view_seed)
+    )
+    parts = list(progress(eyes.over(data, ids), "CLIP looks at the pictures", total=-(-len(ids) // 64)))
     probs = similarities(torch.cat([p.cpu() for p in parts]).float(), state.prototypes.cpu(), recipe.temperature)
-    found = damp(probs, torch.from_numpy(data.observed[ids]), local_threshold=recipe.local_threshold,
-                 global_threshold=recipe.global_threshold, top_k=recipe.top_k, negative_ratio=recipe.negative_ratio,
-                 strict=recipe.strict_local, rule=recipe.negative_rule, negatives_as=recipe.negatives_as)
+    found = damp(
+        probs,
+        torch.from_numpy(data.observed[ids]),
+        local_threshold=recipe.local_threshold,
+        global_threshold=recipe.global_threshold,
+        top_k=recipe.top_k,
+        negative_ratio=recipe.negative_ratio,
+        strict=recipe.strict_local,
+        rule=recipe.negative_rule,
+        negatives_as=recipe.negatives_as,
+    )
     return found.final.numpy(), found.pseudo.numpy()
 
 
 def plan_of(
-    state, # an `Explorer`
-    split, # to review
-    order, # one of ORDERS
-    names, # of all pictures of the data set
-    seed=0, # of the sample
-) -> dict: # of `reviewed.draw`
+    state,  # an `Explorer`
+    split,  # to review
+    order,  # one of ORDERS
+    names,  # of all pictures of the data set
+    seed=0,  # of the sample
+) -> dict:  # of `reviewed.draw`
     "The order to review a split in. Where CLIP has to be asked and the split is large, a random part of it is taken."
-    ids, probs, other, by = np.asarray(state.data.splits[split]), None, None, 'CLIP'
+    ids, probs, other, by = np.asarray(state.data.splits[split]), None, None, "CLIP"
     rng = np.random.default_rng(seed)
-    if order == 'random': return draw([names[i] for i in ids], order, seed=seed)
-    said = predictions(state.run, split) if state.run is not None and split != 'train' else None
-    if said is None and len(ids) > LOOKS: ids = np.sort(rng.permutation(ids)[:LOOKS])
-    if said is not None: ids, probs, by = *said, Path(state.run).name
+    if order == "random":
+        return draw([names[i] for i in ids], order, seed=seed)
+    said = predictions(state.run, split) if state.run is not None and split != "train" else None
+    if said is None and len(ids) > LOOKS:
+        ids = np.sort(rng.permutation(ids)[:LOOKS])
+    if said is not None:
+        ids, probs, by = *said, Path(state.run).name
     if len(ids) <= LOOKS:
         final = opinions(state, ids)[0]
         probs, other = (final, None) if probs is None else (probs, final)
-    if split == 'train' and state.run is not None and (taken := taken_labels(state.run)) is not None:
-        other = (taken[np.searchsorted(state.data.splits['train'], ids)] == 1).astype(np.float64)
+    if split == "train" and state.run is not None and (taken := taken_labels(state.run)) is not None:
+        other = (taken[np.searchsorted(state.data.splits["train"], ids)] == 1).astype(np.float64)
     return draw([names[i] for i in ids], order, says(probs, other), seed, by)
 
 # %% ../nbs/16b_review.ipynb #d6e2ec83
 class Switches(anywidget.AnyWidget):
     "The classes that may be on a picture, each on or off."
-    _esm = '''
+
+    _esm = """
 function render({model, el}) {
   el.classList.add('aevlp-switches')
   const draw = () => el.replaceChildren(...model.get('items').map(([key, name, score, on, given], i) => {
@@ -84,18 +98,21 @@ function render({model, el}) {
   draw()
 }
 export default {render}
-'''
-    items = traitlets.List().tag(sync=True) # of (key, class, score as text, on, given)
+"""
+    items = traitlets.List().tag(sync=True)  # of (key, class, score as text, on, given)
 
 
 class Glass(anywidget.AnyWidget):
     "Zooms the picture of the page that it is on."
-    _esm = '''
+
+    _esm = """
 function render({model, el}) {
-  const stage = event => { const s = event.target.closest?.('.aevlp-stage'); return s && s.closest('.aevlp-app')?.contains(el) ? s : null }
+  const stage = event => { const s = event.target.closest?.('.aevlp-stage'); return s &&
+    s.closest('.aevlp-app')?.contains(el) ? s : null }
   const follow = (s, event) => {
     const r = s.getBoundingClientRect(), at = (v, a, n) => Math.min(100, Math.max(0, 100 * (v - a) / n))
-    s.querySelector('.frame').style.transformOrigin = `${at(event.clientX, r.left, r.width)}% ${at(event.clientY, r.top, r.height)}%`
+    const x = at(event.clientX, r.left, r.width), y = at(event.clientY, r.top, r.height)
+    s.querySelector('.frame').style.transformOrigin = `${x}% ${y}%`
   }
   const click = event => {
     const s = stage(event)
@@ -105,28 +122,31 @@ function render({model, el}) {
     model.save_changes()
   }
   const move = event => { const s = model.get('on') && stage(event); if (s) follow(s, event) }
-  const show = () => el.closest('.aevlp-app')?.querySelector('.aevlp-stage')?.classList.toggle('zoomed', model.get('on'))
+  const show = () => el.closest('.aevlp-app')?.querySelector('.aevlp-stage')?.classList.toggle('zoomed',
+    model.get('on'))
   model.on('change:on', show)
   const events = {click, pointermove: move}
   for (const [name, f] of Object.entries(events)) document.addEventListener(name, f)
   return () => { for (const [name, f] of Object.entries(events)) document.removeEventListener(name, f) }
 }
 export default {render}
-'''
+"""
     on = traitlets.Bool(False).tag(sync=True)
 
 # %% ../nbs/16b_review.ipynb #cfa7ffbc
-_REVIEW_CSS = '''<style>
+_REVIEW_CSS = """<style>
 .aevlp-review { container-type: inline-size; width: 100%; overflow: visible }
 .aevlp-review .review-grid { --tall: min(72vh, 720px) }
-.aevlp-review .review-grid { display: grid; grid-template-columns: minmax(0, 1.2fr) minmax(300px, 1fr); gap: 6px 18px; max-width: 1200px; overflow: visible; align-items: start }
+.aevlp-review .review-grid { display: grid; grid-template-columns: minmax(0, 1.2fr) minmax(300px, 1fr); gap: 6px 18px;
+  max-width: 1200px; overflow: visible; align-items: start }
 .aevlp-review .review-left, .aevlp-review .review-right { min-width: 0; overflow: visible; width: auto }
 .aevlp-review .aevlp-stage { overflow: hidden; margin: 0; touch-action: none; cursor: zoom-in }
 .aevlp-review .aevlp-stage:not(:has(.box)) .tip { display: none } /* of a patch that is no longer shown */
 .aevlp-review .aevlp-stage.zoomed { cursor: zoom-out }
 .aevlp-review .aevlp-stage.zoomed .frame { transform: scale(2.5) }
 .aevlp-switches { display: grid; grid-template-columns: 1fr; gap: 3px; max-width: 420px; overflow: visible }
-.aevlp-switches button { display: flex; gap: 8px; align-items: center; min-height: 30px; padding: 2px 8px; font: inherit; text-align: left; cursor: pointer; border-radius: 4px;
+.aevlp-switches button { display: flex; gap: 8px; align-items: center; min-height: 30px; padding: 2px 8px;
+  font: inherit; text-align: left; cursor: pointer; border-radius: 4px;
   border: 1px solid var(--jp-border-color1, #bbb); background: var(--jp-layout-color1, white); color: inherit }
 .aevlp-switches button[aria-pressed=true] { background: #0072B2; border-color: #0072B2; color: white }
 .aevlp-switches button:hover { border-color: #56B4E9 }
@@ -143,51 +163,72 @@ _REVIEW_CSS = '''<style>
   .aevlp-switches { grid-template-columns: 1fr 1fr; max-width: none }
   .aevlp-switches button { min-height: 36px; padding: 2px 6px; gap: 5px }
   .aevlp-switches kbd, .aevlp-review .keys { display: none }
-  .aevlp-review .review-actions { position: sticky; bottom: 0; z-index: 2; padding: 4px 0; background: var(--jp-layout-color0, white) }
+  .aevlp-review .review-actions { position: sticky; bottom: 0; z-index: 2; padding: 4px 0;
+    background: var(--jp-layout-color0, white) }
   .aevlp-review .review-actions button { flex: 1 1 62px; min-width: 0; height: 40px; padding: 0 4px; margin: 0 }
 }
-</style>'''
+</style>"""
 
 # %% ../nbs/16b_review.ipynb #6025f9e0
-REVIEW_KEYS = {**{str(n): n - 1 for n in range(1, 10)}, 'Enter': 'accept', 'a': 'accept', 'u': 'undo', 's': 'skip', 'n': 'next',
-               'p': 'previous', 'ArrowRight': 'next', 'ArrowLeft': 'previous', 'v': 'patches', 'z': 'zoom'}
-_ACTIONS = { # action: (text, icon, what it does)
-    'accept': ('Accept', 'check', 'save what is switched on and go to the next open picture (Enter)'),
-    'skip': ('Skip', 'forward', 'leave this picture out, and go to the next open one (s)'),
-    'undo': ('Undo', 'undo', 'take the last decision back (u)'),
-    'previous': ('', 'arrow-left', 'previous picture (p or left arrow)'),
-    'next': ('', 'arrow-right', 'next picture without a decision on this one (n or right arrow)'),
-    'patches': ('Patches', 'th', 'the patches that CLIP looked at, and what it saw in them (v)'),
-    'zoom': ('Zoom', 'search-plus', 'larger, around the middle or where you click (z)'),
-    'summary': ('Summary', 'list', 'what the decisions changed so far')}
-_DEFAULT_ORDER = {'train': 'uncertain', 'val': 'weighted', 'test': 'weighted'}
+REVIEW_KEYS = {
+    **{str(n): n - 1 for n in range(1, 10)},
+    "Enter": "accept",
+    "a": "accept",
+    "u": "undo",
+    "s": "skip",
+    "n": "next",
+    "p": "previous",
+    "ArrowRight": "next",
+    "ArrowLeft": "previous",
+    "v": "patches",
+    "z": "zoom",
+}
+_ACTIONS = {  # action: (text, icon, what it does)
+    "accept": ("Accept", "check", "save what is switched on and go to the next open picture (Enter)"),
+    "skip": ("Skip", "forward", "leave this picture out, and go to the next open one (s)"),
+    "undo": ("Undo", "undo", "take the last decision back (u)"),
+    "previous": ("", "arrow-left", "previous picture (p or left arrow)"),
+    "next": ("", "arrow-right", "next picture without a decision on this one (n or right arrow)"),
+    "patches": ("Patches", "th", "the patches that CLIP looked at, and what it saw in them (v)"),
+    "zoom": ("Zoom", "search-plus", "larger, around the middle or where you click (z)"),
+    "summary": ("Summary", "list", "what the decisions changed so far"),
+}
+_DEFAULT_ORDER = {"train": "uncertain", "val": "weighted", "test": "weighted"}
 
 
 class ReviewPage(widgets.VBox):
     "The reviewer's page: `state` proposes, `notes` keeps the decisions."
-    def __init__(self,
-        state, # an `Explorer`
-        notes, # a `Review` of all its pictures
-        order=None, # one of ORDERS; default the uncertain first for training pictures, else a weighted sample
-        first=(), # names of pictures to look at before all others
+
+    def __init__(
+        self,
+        state,  # an `Explorer`
+        notes,  # a `Review` of all its pictures
+        order=None,  # one of ORDERS; default the uncertain first for training pictures, else a weighted sample
+        first=(),  # names of pictures to look at before all others
     ):
         self.state, self.notes, self.first, self.asked, self._said = state, notes, list(first), order, {}
         self.at = {name: i for i, name in enumerate(notes.names)}
         self.stage, self.glass, self.switches = Stage(shortcuts=list(REVIEW_KEYS)), Glass(), Switches()
         self.title, self.status, self.summary = widgets.HTML(), widgets.HTML(), widgets.HTML()
-        self.bar = widgets.IntProgress(layout={'flex': '1 1 60px', 'width': 'auto', 'min_width': '0', 'max_width': '420px'}, style={'bar_color': plots.BLUE})
-        line = {'description_width': 'initial'}
+        self.bar = widgets.IntProgress(
+            layout={"flex": "1 1 60px", "width": "auto", "min_width": "0", "max_width": "420px"},
+            style={"bar_color": plots.BLUE},
+        )
+        line = {"description_width": "initial"}
         splits = [k for k, v in state.data.splits.items() if len(v)]
-        self.split = widgets.Dropdown(options=splits, value=state.split, description='split', style=line, layout={'width': '105px'})
-        self.order = widgets.Dropdown(options=list(ORDERS), description='order', style=line, layout={'width': '145px'})
-        self.add = widgets.Combobox(options=state.data.class_names, placeholder='another class …', ensure_option=True)
+        self.split = widgets.Dropdown(
+            options=splits, value=state.split, description="split", style=line, layout={"width": "105px"}
+        )
+        self.order = widgets.Dropdown(options=list(ORDERS), description="order", style=line, layout={"width": "145px"})
+        self.add = widgets.Combobox(options=state.data.class_names, placeholder="another class …", ensure_option=True)
         super().__init__(self._layout())
-        for name in ('aevlp-app', 'aevlp-review'): self.add_class(name)
-        self.stage.on_msg(lambda _, message, __: self.act(REVIEW_KEYS[message['key']]))
-        self.switches.on_msg(lambda _, message, __: self.act(message['switched']))
-        self.add.observe(self._add, 'value')
-        self.split.observe(lambda change: self._try(self.take, change['new']), 'value')
-        self.order.observe(lambda change: self._try(self.reorder, change['new']), 'value')
+        for name in ("aevlp-app", "aevlp-review"):
+            self.add_class(name)
+        self.stage.on_msg(lambda _, message, __: self.act(REVIEW_KEYS[message["key"]]))
+        self.switches.on_msg(lambda _, message, __: self.act(message["switched"]))
+        self.add.observe(self._add, "value")
+        self.split.observe(lambda change: self._try(self.take, change["new"]), "value")
+        self.order.observe(lambda change: self._try(self.reorder, change["new"]), "value")
         self.take(state.split)
 
     def _layout(self):
@@ -195,59 +236,84 @@ class ReviewPage(widgets.VBox):
         for action, (text, icon, tip) in _ACTIONS.items():
             self.buttons[action] = _button(text, tip, icon)
             self.buttons[action].on_click(lambda _, action=action: self.act(action))
-        keys = widgets.HTML('<span class="soft">keys: <kbd>1</kbd> to <kbd>9</kbd> switch a class, <kbd>Enter</kbd> accept, <kbd>s</kbd> skip, <kbd>u</kbd> undo, '
-                            '<kbd>←</kbd> <kbd>→</kbd> picture, <kbd>v</kbd> patches, <kbd>z</kbd> zoom</span>')
-        keys.add_class('keys')
-        box = lambda kind, name, *kids: kind(kids).add_class(name)
-        left = box(widgets.VBox, 'review-left', self.title, self.stage)
-        right = box(widgets.VBox, 'review-right', self.switches, self.add, box(widgets.HBox, 'review-actions', *self.buttons.values()), self.status, keys)
-        return [widgets.HTML(_CSS + _REVIEW_CSS), box(widgets.HBox, 'review-top', self.split, self.order, self.bar, self.glass), self.summary,
-                box(widgets.Box, 'review-grid', left, right)]
+        keys = widgets.HTML(
+            '<span class="soft">keys: <kbd>1</kbd> to <kbd>9</kbd> switch a class, <kbd>Enter</kbd> accept, '
+            "<kbd>s</kbd> skip, <kbd>u</kbd> undo, "
+            "<kbd>←</kbd> <kbd>→</kbd> picture, <kbd>v</kbd> patches, <kbd>z</kbd> zoom</span>"
+        )
+        keys.add_class("keys")
+
+        def box(kind, name, *kids):
+            return kind(kids).add_class(name)
+
+        left = box(widgets.VBox, "review-left", self.title, self.stage)
+        right = box(
+            widgets.VBox,
+            "review-right",
+            self.switches,
+            self.add,
+            box(widgets.HBox, "review-actions", *self.buttons.values()),
+            self.status,
+            keys,
+        )
+        return [
+            widgets.HTML(_CSS + _REVIEW_CSS),
+            box(widgets.HBox, "review-top", self.split, self.order, self.bar, self.glass),
+            self.summary,
+            box(widgets.Box, "review-grid", left, right),
+        ]
 
 # %% ../nbs/16b_review.ipynb #bae7cd8a
 @patch
-def take(self:ReviewPage, split):
+def take(self: ReviewPage, split):
     "Review a split, from its first open picture."
     self.state.go(split)
     self.names = [n for n in self.notes.names if self.notes.split.get(n) == split]
-    if split not in self.notes.plans and any(n in self.notes.rows for n in self.names): # a file from before there were plans
-        plan, fixed = draw(self.names, 'uncertain', np.zeros(len(self.names))), True
+    if split not in self.notes.plans and any(
+        n in self.notes.rows for n in self.names
+    ):  # a file from before there were plans
+        plan, fixed = draw(self.names, "uncertain", np.zeros(len(self.names))), True
     else:
-        plan = self.notes.plan(split, lambda: plan_of(self.state, split, self.asked or _DEFAULT_ORDER[split], self.notes.names))
-        fixed = any(n in self.notes.rows or n in plan['skipped'] for n in self.names)
+        plan = self.notes.plan(
+            split, lambda: plan_of(self.state, split, self.asked or _DEFAULT_ORDER[split], self.notes.names)
+        )
+        fixed = any(n in self.notes.rows or n in plan["skipped"] for n in self.names)
     self._lay(plan, fixed)
 
 
 @patch
-def reorder(self:ReviewPage, order):
+def reorder(self: ReviewPage, order):
     "Draw the pictures of the split anew."
     split = self.split.value
-    if self.order.disabled or order == self.notes.plans[split]['order']: return
+    if self.order.disabled or order == self.notes.plans[split]["order"]:
+        return
     self.notes.plans[split] = plan_of(self.state, split, order, self.notes.names)
     self._lay(self.notes.plans[split], False)
 
 
 @patch
-def _lay(self:ReviewPage, plan, fixed):
+def _lay(self: ReviewPage, plan, fixed):
     "Take a plan as the order of the page."
     self.plan, before = plan, [n for n in self.first if n in set(self.names)]
-    self.names = before + [n for n in plan['names'] if n not in set(before)]
+    self.names = before + [n for n in plan["names"] if n not in set(before)]
     self.state.ids = np.array([self.at[n] for n in self.names])
-    self.order.disabled, self.order.value = fixed, plan['order']
-    self.order.tooltip = ('fixed by the first decision; another file may have another order. ' if fixed else '') + f"{plan['order']}: {ORDERS[plan['order']]}"
-    self.bar.max, self.summary.value = len(self.names), ''
+    self.order.disabled, self.order.value = fixed, plan["order"]
+    self.order.tooltip = (
+        "fixed by the first decision; another file may have another order. " if fixed else ""
+    ) + f"{plan['order']}: {ORDERS[plan['order']]}"
+    self.bar.max, self.summary.value = len(self.names), ""
     self.go(self.unreviewed(0) or 0)
 
 
 @patch
-def unreviewed(self:ReviewPage, start):
+def unreviewed(self: ReviewPage, start):
     "The first picture from `start` on that is open; None when none is."
-    n, done = len(self.names), self.notes.rows.keys() | set(self.plan['skipped'])
+    n, done = len(self.names), self.notes.rows.keys() | set(self.plan["skipped"])
     return next((i % n for i in range(start, start + n) if self.names[i % n] not in done), None)
 
 # %% ../nbs/16b_review.ipynb #f62d5614
 @patch
-def go(self:ReviewPage, index):
+def go(self: ReviewPage, index):
     "Show a picture with its decision, or with what DAMP proposes."
     self.state.index = index % len(self.names)
     data, self.name, id = self.state.data, self.names[self.state.index], self.state.id
@@ -255,23 +321,26 @@ def go(self:ReviewPage, index):
     kept, self.given = self.notes.rows.get(self.name), data.observed[id] == 1
     self.labels = kept.copy() if kept is not None else ((pseudo == 1) | self.given).astype(np.int8)
     order = np.lexsort((-self.scores, -self.given.astype(int), -self.labels))
-    self.candidates = [int(c) for c in order[:max(9, self.labels.sum())]]
+    self.candidates = [int(c) for c in order[: max(9, self.labels.sum())]]
     image = decode(data.paths[id])
     self.glass.on, self.stage.boxes, self.stage.tips = False, [], []
-    self.stage.layout.width = f'min(100%, calc(var(--tall) * {image.shape[1] / image.shape[0]:.4f}))' # as high as the page, or as wide
+    self.stage.layout.width = (
+        f"min(100%, calc(var(--tall) * {image.shape[1] / image.shape[0]:.4f}))"  # as high as the page, or as wide
+    )
     self.stage.size, self.stage.alt, self.stage.src = [image.shape[1], image.shape[0]], self.name, data_url(image, 1280)
     self.show()
 
 
 @patch
-def opinion(self:ReviewPage, id):
-    "DAMP's final scores and pseudo-labels of a picture; the evaluation views come from the bank once the split was looked through."
-    if id not in self._said: self._said[id] = tuple(part[0] for part in opinions(self.state, np.array([id])))
+def opinion(self: ReviewPage, id):
+    "DAMP's final scores and pseudo-labels of a picture, by the bank's evaluation views once it is filled."
+    if id not in self._said:
+        self._said[id] = tuple(part[0] for part in opinions(self.state, np.array([id])))
     return self._said[id]
 
 
 @patch
-def patches(self:ReviewPage):
+def patches(self: ReviewPage):
     "Show what CLIP looked at, or take it away."
     look, names = self.state.look(), self.state.data.class_names
     shown = bool(self.stage.boxes)
@@ -280,123 +349,177 @@ def patches(self:ReviewPage):
 
 # %% ../nbs/16b_review.ipynb #e80b4089
 @patch
-def show(self:ReviewPage, error=None):
+def show(self: ReviewPage, error=None):
     "The switches, and how far the review is."
     done, names = self.notes.rows, self.state.data.class_names
-    self.switches.items = [[str(n + 1) if n < 9 else '·', names[c], f'{self.scores[c]:.2f}', bool(self.labels[c]), bool(self.given[c])]
-                           for n, c in enumerate(self.candidates)]
-    state = ('<b style="color:#0072B2">✓ reviewed</b>' if self.name in done else '<b class="soft">skipped</b>' if self.name in self.plan['skipped']
-             else '<span class="soft">open: what DAMP proposes</span>')
-    self.title.value = f'<b>{html.escape(self.name)}</b> <span class="soft">picture {self.state.index + 1} of {len(self.names)}</span> {state}'
+    self.switches.items = [
+        [str(n + 1) if n < 9 else "·", names[c], f"{self.scores[c]:.2f}", bool(self.labels[c]), bool(self.given[c])]
+        for n, c in enumerate(self.candidates)
+    ]
+    state = (
+        '<b style="color:#0072B2">✓ reviewed</b>'
+        if self.name in done
+        else '<b class="soft">skipped</b>'
+        if self.name in self.plan["skipped"]
+        else '<span class="soft">open: what DAMP proposes</span>'
+    )
+    self.title.value = (
+        f'<b>{html.escape(self.name)}</b> <span class="soft">picture {self.state.index + 1} of '
+        f"{len(self.names)}</span> {state}"
+    )
     here = sum(n in done for n in self.names)
-    self.bar.value = here + sum(n in set(self.names) for n in self.plan['skipped'])
-    self.status.value = f'<b>{here} of {len(self.names)} reviewed</b> <span class="soft">saved in {html.escape(self.notes.path.name)}</span>{self.measured()}'
-    if error: self.status.value += f'<br><span class="note">{html.escape(str(error))}</span>'
+    self.bar.value = here + sum(n in set(self.names) for n in self.plan["skipped"])
+    self.status.value = (
+        f'<b>{here} of {len(self.names)} reviewed</b> <span class="soft">saved in '
+        f"{html.escape(self.notes.path.name)}</span>{self.measured()}"
+    )
+    if error:
+        self.status.value += f'<br><span class="note">{html.escape(str(error))}</span>'
 
 
 @patch
-def measured(self:ReviewPage) -> str:
+def measured(self: ReviewPage) -> str:
     "What the run's mAP is by the pictures so far."
     run, split = self.state.run, self.split.value
-    if run is None or split == 'train': return ''
+    if run is None or split == "train":
+        return ""
     part = sample(self.notes.plans.get(split), [n for n in self.names if n in self.notes.rows])
-    if len(part.names) < 10: return '<br><span class="soft">the mAP so far shows from the tenth picture on</span>'
-    if (found := map_of(run, self.notes, split, 200)) is None: return ''
+    if len(part.names) < 10:
+        return '<br><span class="soft">the mAP so far shows from the tenth picture on</span>'
+    if (found := map_of(run, self.notes, split, 200)) is None:
+        return ""
     value, low, high = in_percent(found)
-    of = f'of the whole {split} split' if part.order in ('random', 'weighted') else 'of these pictures, not of the split'
+    of = (
+        f"of the whole {split} split" if part.order in ("random", "weighted") else "of these pictures, not of the split"
+    )
     return f'<br>mAP so far: <b>{value:.1f}</b> (95 %: {low:.1f} to {high:.1f}) <span class="soft">{of}</span>'
 
 # %% ../nbs/16b_review.ipynb #8b98bd6a
 @patch
-def _add(self:ReviewPage, change):
-    if not change['new']: return
-    c = self.state.data.class_names.index(change['new'])
-    if c not in self.candidates: self.candidates.append(c)
-    self.add.value = ''
-    if not self.labels[c]: self.act(self.candidates.index(c))
+def _add(self: ReviewPage, change):
+    if not change["new"]:
+        return
+    c = self.state.data.class_names.index(change["new"])
+    if c not in self.candidates:
+        self.candidates.append(c)
+    self.add.value = ""
+    if not self.labels[c]:
+        self.act(self.candidates.index(c))
 
 
 @patch
-def _try(self:ReviewPage, action, *args):
+def _try(self: ReviewPage, action, *args):
     "What the user can put right is said on the page."
-    try: action(*args)
-    except AevlpError as error: self.show(error)
+    try:
+        action(*args)
+    except AevlpError as error:
+        self.show(error)
 
 
 @patch
-def act(self:ReviewPage, action):
+def act(self: ReviewPage, action):
     "A key or a button; a number switches that candidate."
     self._try(self._act, action)
 
 
 @patch
-def _act(self:ReviewPage, action):
-    if action in ('next', 'previous'): return self.go(self.state.index + (1 if action == 'next' else -1))
-    if action == 'zoom': self.glass.on = not self.glass.on
-    elif action == 'patches': self.patches()
-    elif action == 'summary': self.summary.value = '' if self.summary.value else self.changes()
-    elif action == 'undo': self._undo()
-    elif action in ('accept', 'skip') or action < len(self.candidates): self._decide(action)
+def _act(self: ReviewPage, action):
+    if action in ("next", "previous"):
+        return self.go(self.state.index + (1 if action == "next" else -1))
+    if action == "zoom":
+        self.glass.on = not self.glass.on
+    elif action == "patches":
+        self.patches()
+    elif action == "summary":
+        self.summary.value = "" if self.summary.value else self.changes()
+    elif action == "undo":
+        self._undo()
+    elif action in ("accept", "skip") or action < len(self.candidates):
+        self._decide(action)
 
 
 @patch
-def _decide(self:ReviewPage, action):
+def _decide(self: ReviewPage, action):
     "Save, or skip, and go on; a switch saves and stays."
-    if action not in ('accept', 'skip'): self.labels[self.candidates[action]] ^= 1
+    if action not in ("accept", "skip"):
+        self.labels[self.candidates[action]] ^= 1
     planned = self.split.value in self.notes.plans
-    if action != 'skip': self.notes.decide(self.name, self.labels)
-    if planned: self.notes.skip(self.split.value, self.name, action == 'skip')
+    if action != "skip":
+        self.notes.decide(self.name, self.labels)
+    if planned:
+        self.notes.skip(self.split.value, self.name, action == "skip")
     self.order.disabled = True
-    if action not in ('accept', 'skip'): return self.show()
+    if action not in ("accept", "skip"):
+        return self.show()
     following = self.unreviewed(self.state.index + 1)
     self.go(self.state.index + 1 if following is None else following)
-    if following is None: self.summary.value = self.changes()
+    if following is None:
+        self.summary.value = self.changes()
 
 
 @patch
-def _undo(self:ReviewPage):
+def _undo(self: ReviewPage):
     "Take the last decision back, wherever it was."
     name = self.notes.undo()
-    if name is None: return
-    if name not in self.names: self.split.value = self.notes.split[name]
+    if name is None:
+        return
+    if name not in self.names:
+        self.split.value = self.notes.split[name]
     self.go(self.names.index(name))
 
 # %% ../nbs/16b_review.ipynb #ce4ded12
 @patch
-def changes(self:ReviewPage) -> str: # HTML
+def changes(self: ReviewPage) -> str:  # HTML
     "What the decisions in this split say of the given labels and of DAMP's."
     data, names = self.state.data, [n for n in self.names if n in self.notes.rows]
-    if not names: return '<span class="soft">nothing is reviewed in this split yet</span>'
+    if not names:
+        return '<span class="soft">nothing is reviewed in this split yet</span>'
     ids = np.array([self.at[n] for n in names])
     decided, given = np.stack([self.notes.rows[n] for n in names]) == 1, data.observed[ids] == 1
     proposed = np.stack([self.opinion(i)[1] for i in ids]) == 1
     proposed |= given
-    same, skipped = (decided == proposed).all(1).sum(), sum(n in set(self.names) for n in self.plan['skipped'])
-    counts = {'on': decided.sum(0), 'added to the given': (decided & ~given).sum(0), 'given, but wrong': (given & ~decided).sum(0),
-              'DAMP had proposed': (decided & proposed & ~given).sum(0), 'DAMP was wrong': (proposed & ~decided & ~given).sum(0)}
-    order = np.argsort(-counts['added to the given'] - counts['given, but wrong'], kind='stable')
-    rows = ''.join(f'<tr><td>{html.escape(data.class_names[c])}</td>' + ''.join(f'<td>{v[c] or "–"}</td>' for v in counts.values()) + '</tr>'
-                   for c in order if decided[:, c].any() or proposed[:, c].any())
-    heads = ''.join(f'<th>{h}</th>' for h in ('class', *counts))
-    total = ''.join(f'<td><b>{v.sum()}</b></td>' for v in counts.values())
-    return (f'<h4>{len(names)} pictures reviewed, {skipped} skipped</h4><div>Right as proposed: {same}; changed: {len(names) - same}. '
-            f'{decided.sum(1).mean():.1f} classes a picture, {given.sum(1).mean():.1f} given.</div>'
-            f'<table><tr>{heads}</tr>{rows}<tr><td><b>all</b></td>{total}</tr></table>')
+    same, skipped = (decided == proposed).all(1).sum(), sum(n in set(self.names) for n in self.plan["skipped"])
+    counts = {
+        "on": decided.sum(0),
+        "added to the given": (decided & ~given).sum(0),
+        "given, but wrong": (given & ~decided).sum(0),
+        "DAMP had proposed": (decided & proposed & ~given).sum(0),
+        "DAMP was wrong": (proposed & ~decided & ~given).sum(0),
+    }
+    order = np.argsort(-counts["added to the given"] - counts["given, but wrong"], kind="stable")
+    rows = "".join(
+        f"<tr><td>{html.escape(data.class_names[c])}</td>"
+        + "".join(f"<td>{v[c] or '–'}</td>" for v in counts.values())
+        + "</tr>"
+        for c in order
+        if decided[:, c].any() or proposed[:, c].any()
+    )
+    heads = "".join(f"<th>{h}</th>" for h in ("class", *counts))
+    total = "".join(f"<td><b>{v.sum()}</b></td>" for v in counts.values())
+    return (
+        f"<h4>{len(names)} pictures reviewed, {skipped} skipped</h4><div>Right as proposed: {same}; changed: "
+        f"{len(names) - same}. "
+        f"{decided.sum(1).mean():.1f} classes a picture, {given.sum(1).mean():.1f} given.</div>"
+        f"<table><tr>{heads}</tr>{rows}<tr><td><b>all</b></td>{total}</tr></table>"
+    )
 
 # %% ../nbs/16b_review.ipynb #d8a000df
 def review(
-    dataset=None, # name of a benchmark, or `LabelledImages`; default 'glyphs'
-    root=None, # folder of the pictures, where it is not the usual one
-    csv=None, # labels of your own pictures
-    run=None, # folder of a run: its data and recipe; of its predictions what is uncertain, and what is measured
-    overrides=None, # fields of the recipe by name, for the proposals
-    out='reviewed.csv', # the decisions; an existing file is gone on with
-    split='train', # the split to begin with
-    order=None, # one of ORDERS; default the uncertain first for training pictures, else a weighted sample
-    first=(), # names of pictures to look at before all others
-) -> ReviewPage: # shown by the notebook
+    dataset=None,  # name of a benchmark, or `LabelledImages`; default 'glyphs'
+    root=None,  # folder of the pictures, where it is not the usual one
+    csv=None,  # labels of your own pictures
+    run=None,  # folder of a run: its data and recipe; of its predictions what is uncertain, and what is measured
+    overrides=None,  # fields of the recipe by name, for the proposals
+    out="reviewed.csv",  # the decisions; an existing file is gone on with
+    split="train",  # the split to begin with
+    order=None,  # one of ORDERS; default the uncertain first for training pictures, else a weighted sample
+    first=(),  # names of pictures to look at before all others
+) -> ReviewPage:  # shown by the notebook
     "Open the review of a data set."
-    if order is not None and order not in ORDERS: raise AevlpError(f'order {order!r} is not known; choose one of {", ".join(ORDERS)}')
+    if order is not None and order not in ORDERS:
+        raise AevlpError(f"order {order!r} is not known; choose one of {', '.join(ORDERS)}")
     state = open_state(dataset, root, csv, run, overrides, split)
     data = state.data
-    return ReviewPage(state, Review(out, names_of(data, state.source.get('root')), data.class_names, data.splits), order, first)
+    return ReviewPage(
+        state, Review(out, names_of(data, state.source.get("root")), data.class_names, data.splits), order, first
+    )

@@ -25,217 +25,265 @@ from . import outcome, runs
 from .data import AevlpError, replacing, write_text
 
 # %% ../nbs/15d_reviewed.ipynb #c12620b0
-ORDERS = { # name: what it is for
-    'uncertain': 'the most uncertain first: mends the most labels an hour, but measures only those pictures',
-    'weighted': 'a random sample in which pictures that say more are likelier, and count less: measures the whole split',
-    'random': 'a plain random sample: measures the whole split'}
-UNIFORM = 1/3 # of every weight is the same for all pictures, so that none counts more than three times the average
+ORDERS = {  # name: what it is for
+    "uncertain": "the most uncertain first: mends the most labels an hour, but measures only those pictures",
+    "weighted": (
+        "a random sample in which pictures that say more are likelier, and count less: measures the whole split"
+    ),
+    "random": "a plain random sample: measures the whole split",
+}
+UNIFORM = 1 / 3  # of every weight is the same for all pictures, so that none counts more than three times the average
 
 
 def says(
-    probs, # (n, C) in [0, 1], what is thought of the pictures
-    other=None, # (n, C) another opinion, as CLIP's beside the model's
-) -> np.ndarray: # (n,) of mean 1
+    probs,  # (n, C) in [0, 1], what is thought of the pictures
+    other=None,  # (n, C) another opinion, as CLIP's beside the model's
+) -> np.ndarray:  # (n,) of mean 1
     "How much the truth of a picture would tell: it is uncertain, opinions differ, or it is one of few of a class."
     p = np.clip(np.asarray(probs, dtype=np.float64), 1e-6, 1 - 1e-6)
     parts = [-(p * np.log(p) + (1 - p) * np.log(1 - p)).sum(1), (p / p.sum(0)).max(1)]
-    if other is not None: parts.append(np.abs(p - other).sum(1))
+    if other is not None:
+        parts.append(np.abs(p - other).sum(1))
     return np.mean([part / max(part.mean(), 1e-12) for part in parts], axis=0)
 
 # %% ../nbs/15d_reviewed.ipynb #ca056091
 def draw(
-    names, # n pictures of a split
-    order, # one of ORDERS
-    value=None, # (n,) how much each would tell, of `says`; random needs none
-    seed=0, # of the sample
-    by=None, # whose opinion it was
-) -> dict: # order, seed, by, and lists names, weights, draws in the order to look at; skipped
+    names,  # n pictures of a split
+    order,  # one of ORDERS
+    value=None,  # (n,) how much each would tell, of `says`; random needs none
+    seed=0,  # of the sample
+    by=None,  # whose opinion it was
+) -> dict:  # order, seed, by, and lists names, weights, draws in the order to look at; skipped
     "In which order to look at the pictures of a split."
-    if order not in ORDERS: raise AevlpError(f'order {order!r} is not known; choose one of {", ".join(ORDERS)}')
-    value = np.ones(len(names)) if order == 'random' else np.asarray(value, dtype=np.float64)
-    weights = value if order != 'weighted' else UNIFORM + (1 - UNIFORM) * value / value.mean()
-    draws = 1 - np.random.default_rng(seed).random(len(names)) if order != 'uncertain' else np.ones(len(names))
-    at = np.argsort(-weights / draws, kind='stable')
-    return dict(order=order, seed=seed, by=by, names=[names[i] for i in at], weights=weights[at].tolist(), draws=draws[at].tolist(), skipped=[])
+    if order not in ORDERS:
+        raise AevlpError(f"order {order!r} is not known; choose one of {', '.join(ORDERS)}")
+    value = np.ones(len(names)) if order == "random" else np.asarray(value, dtype=np.float64)
+    weights = value if order != "weighted" else UNIFORM + (1 - UNIFORM) * value / value.mean()
+    draws = 1 - np.random.default_rng(seed).random(len(names)) if order != "uncertain" else np.ones(len(names))
+    at = np.argsort(-weights / draws, kind="stable")
+    return dict(
+        order=order,
+        seed=seed,
+        by=by,
+        names=[names[i] for i in at],
+        weights=weights[at].tolist(),
+        draws=draws[at].tolist(),
+        skipped=[],
+    )
 
 
-Sample = namedtuple('Sample', 'names weights order skipped out_of_turn')
+Sample = namedtuple("Sample", "names weights order skipped out_of_turn")
 
 
 def sample(
-    plan, # of `draw`, or None
-    reviewed, # names with a decision
-) -> Sample: # names in the sample, how often each counts, the order or None, numbers skipped and out of turn
+    plan,  # of `draw`, or None
+    reviewed,  # names with a decision
+) -> Sample:  # names in the sample, how often each counts, the order or None, numbers skipped and out of turn
     "The part of a review that is a sample: from the start of the order up to the first open picture."
-    if plan is None: return Sample(list(reviewed), np.ones(len(reviewed)), None, 0, 0)
-    reviewed, skipped = set(reviewed), set(plan['skipped'])
-    if plan['order'] == 'uncertain':
-        names = [n for n in plan['names'] if n in reviewed]
-        return Sample(names, np.ones(len(names)), 'uncertain', len(skipped - reviewed), len(reviewed) - len(names))
-    end = next((i for i, n in enumerate(plan['names']) if n not in reviewed and n not in skipped), len(plan['names']))
-    w, u = np.array(plan['weights']), np.array(plan['draws'])
+    if plan is None:
+        return Sample(list(reviewed), np.ones(len(reviewed)), None, 0, 0)
+    reviewed, skipped = set(reviewed), set(plan["skipped"])
+    if plan["order"] == "uncertain":
+        names = [n for n in plan["names"] if n in reviewed]
+        return Sample(names, np.ones(len(names)), "uncertain", len(skipped - reviewed), len(reviewed) - len(names))
+    end = next((i for i, n in enumerate(plan["names"]) if n not in reviewed and n not in skipped), len(plan["names"]))
+    w, u = np.array(plan["weights"]), np.array(plan["draws"])
     counts = np.maximum(1, w[end] / u[end] / w[:end]) if end < len(w) else np.ones(end)
-    inside = [n in reviewed for n in plan['names'][:end]]
-    names = [n for n, yes in zip(plan['names'], inside) if yes]
-    return Sample(names, counts[inside], plan['order'], end - len(names), len(reviewed & set(plan['names'])) - len(names))
+    inside = [n in reviewed for n in plan["names"][:end]]
+    names = [n for n, yes in zip(plan["names"], inside) if yes]
+    return Sample(
+        names, counts[inside], plan["order"], end - len(names), len(reviewed & set(plan["names"])) - len(names)
+    )
 
 # %% ../nbs/15d_reviewed.ipynb #56db4897
 def names_of(
-    data, # labelled images
-    root=None, # their folder; default the one that they have in common
-) -> list: # N names with / between folders
+    data,  # labelled images
+    root=None,  # their folder; default the one that they have in common
+) -> list:  # N names with / between folders
     "The pictures as a CSV names them."
-    top = root or (os.path.commonpath([os.path.dirname(p) for p in data.paths]) if len(data) else '')
+    top = root or (os.path.commonpath([os.path.dirname(p) for p in data.paths]) if len(data) else "")
     return [Path(os.path.relpath(p, top)).as_posix() for p in data.paths]
 
 
 class Review:
     "Decisions on pictures, in a CSV that is written after every one, and how the pictures were drawn, beside it."
-    def __init__(self,
-        path, # the CSV; read if it exists
-        names, # file names of the pictures, relative to their folder
-        class_names, # C names
-        splits=None, # {split: positions in `names`}; default all are for training
+
+    def __init__(
+        self,
+        path,  # the CSV; read if it exists
+        names,  # file names of the pictures, relative to their folder
+        class_names,  # C names
+        splits=None,  # {split: positions in `names`}; default all are for training
     ):
         self.path, self.names, self.class_names = Path(path), list(names), list(class_names)
-        if taken := {'image', 'label', 'split'} & {c.lower() for c in class_names}:
-            raise AevlpError(f'class {taken.pop()!r} has the name of a column of the CSV; rename the class')
-        splits = {'train': range(len(self.names))} if splits is None else splits
+        if taken := {"image", "label", "split"} & {c.lower() for c in class_names}:
+            raise AevlpError(f"class {taken.pop()!r} has the name of a column of the CSV; rename the class")
+        splits = {"train": range(len(self.names))} if splits is None else splits
         self.split = {self.names[i]: split for split, ids in splits.items() for i in ids}
         self.rows, self._before, self._seen = {}, [], self._digest()
-        self.plan_path = self.path.with_suffix('.plan.json')
+        self.plan_path = self.path.with_suffix(".plan.json")
         self.plans = _read_plans(self.plan_path)
-        if self.path.exists(): self._read()
+        if self.path.exists():
+            self._read()
 
-    def decide(self,
-        name, # of the picture
-        labels, # (C,) in {0,1}
+    def decide(
+        self,
+        name,  # of the picture
+        labels,  # (C,) in {0,1}
     ):
         "Note what is on a picture, and save."
-        if not np.any(labels) and self.split.get(name) == 'train':
-            raise AevlpError(f'{name}: not saved, for no class is on; a picture to train on needs at least one')
+        if not np.any(labels) and self.split.get(name) == "train":
+            raise AevlpError(f"{name}: not saved, for no class is on; a picture to train on needs at least one")
         before = self.rows.get(name)
         self._save(self.rows | {name: np.array(labels, dtype=np.int8)})
         self._before.append((name, before))
 
-    def undo(self) -> str: # the picture concerned, or None where there is nothing to undo
+    def undo(self) -> str:  # the picture concerned, or None where there is nothing to undo
         "Take the last decision of this session back, and save."
-        if not self._before: return None
+        if not self._before:
+            return None
         name, before = self._before[-1]
         self._save({k: v for k, v in self.rows.items() if k != name} | ({} if before is None else {name: before}))
         self._before.pop()
         return name
 
-    def _digest(self): return sha256(self.path.read_bytes()).digest() if self.path.exists() else None
+    def _digest(self):
+        return sha256(self.path.read_bytes()).digest() if self.path.exists() else None
 
 # %% ../nbs/15d_reviewed.ipynb #bf34a44f
 def _read_plans(path) -> dict:
     "The plans of a review by split; one that a hand or a crash tore is refused."
-    if not path.exists(): return {}
+    if not path.exists():
+        return {}
     try:
-        plans = json.loads(path.read_text(encoding='utf-8'))
+        plans = json.loads(path.read_text(encoding="utf-8"))
         for plan in plans.values():
-            if plan['order'] not in ORDERS or not len(plan['names']) == len(plan['weights']) == len(plan['draws']): raise ValueError
-            plan['skipped'] = list(plan['skipped'])
+            if plan["order"] not in ORDERS or not len(plan["names"]) == len(plan["weights"]) == len(plan["draws"]):
+                raise ValueError
+            plan["skipped"] = list(plan["skipped"])
         return plans
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise AevlpError(f'{path}: does not say how the pictures of a review were drawn; restore it, or delete it: the decisions stay, but measure nothing but themselves') from None
+        raise AevlpError(
+            f"{path}: does not say how the pictures of a review were drawn; restore it, or delete it: the decisions "
+            "stay, but measure nothing but themselves"
+        ) from None
 
 
 @patch
-def plan(self:Review,
-    split, # to look through
-    make, # called without arguments where there is none yet, gives one of `draw`
+def plan(
+    self: Review,
+    split,  # to look through
+    make,  # called without arguments where there is none yet, gives one of `draw`
 ) -> dict:
     "How the pictures of a split are drawn: as it was noted first."
     known = {n for n in self.names if self.split.get(n) == split}
-    if split not in self.plans: self.plans[split] = make()
-    elif not set(self.plans[split]['names']) <= known:
-        raise AevlpError(f'{self.plan_path.name}: made for other pictures than split {split} has now; review into another file')
+    if split not in self.plans:
+        self.plans[split] = make()
+    elif not set(self.plans[split]["names"]) <= known:
+        raise AevlpError(
+            f"{self.plan_path.name}: made for other pictures than split {split} has now; review into another file"
+        )
     return self.plans[split]
 
 
 @patch
-def skip(self:Review, split, name, yes=True):
+def skip(self: Review, split, name, yes=True):
     "Leave a picture out, or take it in again; the sample is one without it."
-    skipped = self.plans[split]['skipped']
-    if yes == (name in skipped): return
+    skipped = self.plans[split]["skipped"]
+    if yes == (name in skipped):
+        return
     skipped.append(name) if yes else skipped.remove(name)
     self.save_plans()
 
 
 @patch
-def save_plans(self:Review):
+def save_plans(self: Review):
     "The plans beside the decisions."
     self.path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(self.plan_path, json.dumps(self.plans) + '\n')
+    write_text(self.plan_path, json.dumps(self.plans) + "\n")
 
 # %% ../nbs/15d_reviewed.ipynb #f17c564e
 @patch
-def _save(self:Review, rows):
+def _save(self: Review, rows):
     "Replace the CSV by a complete new one."
     if self._digest() != self._seen:
-        raise AevlpError(f'{self.path.name}: not saved, for something else changed the file; reload this page to go on from there')
-    if self.plans and not self.plan_path.exists(): self.save_plans()
-    table = StringIO(newline='')
-    lines = csv.writer(table, lineterminator='\n')
-    lines.writerow(['image', 'split', *self.class_names])
+        raise AevlpError(
+            f"{self.path.name}: not saved, for something else changed the file; reload this page to go on from there"
+        )
+    if self.plans and not self.plan_path.exists():
+        self.save_plans()
+    table = StringIO(newline="")
+    lines = csv.writer(table, lineterminator="\n")
+    lines.writerow(["image", "split", *self.class_names])
     lines.writerows([name, self.split[name], *rows[name].tolist()] for name in self.names if name in rows)
     self.path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(self.path) as file: file.write(table.getvalue().encode())
+    with replacing(self.path) as file:
+        file.write(table.getvalue().encode())
     self.rows, self._seen = rows, self._digest()
 
 
 @patch
-def _read(self:Review):
+def _read(self: Review):
     "Go on from an earlier session; what is not such a file is refused."
-    with open(self.path, newline='', encoding='utf-8-sig') as file:
+    with open(self.path, newline="", encoding="utf-8-sig") as file:
         lines = csv.reader(file)
         header = next(lines, [])
-        first = 2 if header[1:2] == ['split'] else 1 # files of earlier versions hold training pictures only
-        if header[:1] + header[first:] != ['image', *self.class_names]:
-            raise AevlpError(f'{self.path.name}, line 1: the columns are not image, split and the {len(self.class_names)} class names; choose another file for this data set')
+        first = 2 if header[1:2] == ["split"] else 1  # files of earlier versions hold training pictures only
+        if header[:1] + header[first:] != ["image", *self.class_names]:
+            raise AevlpError(
+                f"{self.path.name}, line 1: the columns are not image, split and the {len(self.class_names)} class "
+                "names; choose another file for this data set"
+            )
         for line in lines:
-            if len(line) != len(header) or not set(line[first:]) <= {'0', '1'}:
-                raise AevlpError(f'{self.path.name}, line {lines.line_num}: expected a file name, a split and {len(self.class_names)} times 0 or 1; correct or delete the line')
-            if line[0] not in self.split: raise AevlpError(f'{self.path.name}, line {lines.line_num}: {line[0]!r} is not an image of this data set; delete the line')
+            if len(line) != len(header) or not set(line[first:]) <= {"0", "1"}:
+                raise AevlpError(
+                    f"{self.path.name}, line {lines.line_num}: expected a file name, a split and "
+                    f"{len(self.class_names)} times 0 or 1; correct or delete the line"
+                )
+            if line[0] not in self.split:
+                raise AevlpError(
+                    f"{self.path.name}, line {lines.line_num}: {line[0]!r} is not an image of this data set; delete "
+                    "the line"
+                )
             self.rows[line[0]] = np.array(line[first:], dtype=np.int8)
 
 # %% ../nbs/15d_reviewed.ipynb #f4db30bf
 def with_truth(
-    data, # labelled images
-    notes, # a `Review` of them
+    data,  # labelled images
+    notes,  # a `Review` of them
 ):
     "The data with the reviewed pictures as all the truth there is."
     truth, at = np.full((len(data), len(data.class_names)), -1, np.int8), {n: i for i, n in enumerate(notes.names)}
-    for name, labels in notes.rows.items(): truth[at[name]] = labels
+    for name, labels in notes.rows.items():
+        truth[at[name]] = labels
     return replace(data, truth=truth)
 
 
 def open_file(
-    path, # the CSV of a review
-    data, # labelled images
-    root=None, # their folder
+    path,  # the CSV of a review
+    data,  # labelled images
+    root=None,  # their folder
 ) -> Review:
     "A file of decisions on this data set; one must be there."
-    if not Path(path).is_file(): raise AevlpError(f'{path}: there is no such file; `aevlp app --review --split test --out {path}` makes one')
+    if not Path(path).is_file():
+        raise AevlpError(f"{path}: there is no such file; `aevlp app --review --split test --out {path}` makes one")
     return Review(path, names_of(data, root), data.class_names, data.splits)
 
 # %% ../nbs/15d_reviewed.ipynb #c05ba89e
-DRAWS = 1000 # of the bootstrap
+DRAWS = 1000  # of the bootstrap
 
 
 def weighted_ap(
-    scores, # (n, C) higher is more positive
-    truth, # (n, C) in {0, 1}
-    weights, # (B, n) how often each picture counts, for B measurements at once
-) -> np.ndarray: # (B, C) in [0, 1], NaN for a class without positives
+    scores,  # (n, C) higher is more positive
+    truth,  # (n, C) in {0, 1}
+    weights,  # (B, n) how often each picture counts, for B measurements at once
+) -> np.ndarray:  # (B, C) in [0, 1], NaN for a class without positives
     "Average precision, tied scores grouped."
     scores, out = np.asarray(scores), np.full((len(weights), truth.shape[1]), np.nan)
     for c in np.flatnonzero(truth.any(0)):
-        order = np.argsort(-scores[:, c], kind='stable')
+        order = np.argsort(-scores[:, c], kind="stable")
         ranked, w = scores[order, c], weights[:, order]
-        last = np.searchsorted(-ranked, -ranked, side='right') - 1 # of its group of ties
+        last = np.searchsorted(-ranked, -ranked, side="right") - 1  # of its group of ties
         hits = w * truth[order, c]
         seen = np.cumsum(w, 1)[:, last]
         precision = np.divide(np.cumsum(hits, 1)[:, last], seen, out=np.zeros_like(seen), where=seen > 0)
@@ -245,10 +293,10 @@ def weighted_ap(
 
 
 def resampled(
-    weights, # (n,) of the sample
+    weights,  # (n,) of the sample
     seed=0,
     draws=DRAWS,
-) -> np.ndarray: # (1 + draws, n): the sample as it is, then as often drawn anew
+) -> np.ndarray:  # (1 + draws, n): the sample as it is, then as often drawn anew
     "Weights of the bootstrap; the same for every run that is measured on these pictures."
     n = len(weights)
     counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), draws) if n else np.zeros((draws, 0))
@@ -256,41 +304,47 @@ def resampled(
 
 
 def bounds(
-    values, # (1 + draws,) the measurement, then those of the bootstrap
-    mend=False, # take off what the bootstrap adds on average, as a mAP of few pictures has too much
-) -> list: # value, low, high
+    values,  # (1 + draws,) the measurement, then those of the bootstrap
+    mend=False,  # take off what the bootstrap adds on average, as a mAP of few pictures has too much
+) -> list:  # value, low, high
     "A number with its 95 % interval; None where nothing was measured."
-    if not np.isfinite(values[0]): return [None] * 3
+    if not np.isfinite(values[0]):
+        return [None] * 3
     value, (low, high) = values[0], np.nanquantile(values[1:], [0.025, 0.975])
-    if not mend: return [float(v) for v in (value, low, high)]
+    if not mend:
+        return [float(v) for v in (value, low, high)]
     return [float(2 * value - v) for v in (np.nanmean(values[1:]), high, low)]
 
 
 def in_percent(
-    draws, # of `map_of`
-) -> list: # value, low, high
+    draws,  # of `map_of`
+) -> list:  # value, low, high
     "A mAP with its interval."
     found = bounds(draws, mend=True)
     return found if found[0] is None else [float(v) for v in np.clip(found, 0, 100)]
 
 # %% ../nbs/15d_reviewed.ipynb #414dc281
 def predictions(
-    run, # its folder
-    split, # 'val' or 'test'
-) -> tuple: # ids (n,), probs (n, C); None where the run kept none
+    run,  # its folder
+    split,  # 'val' or 'test'
+) -> tuple:  # ids (n,), probs (n, C); None where the run kept none
     "What a finished run says of a split."
-    if (said := outcome.scored(run, split)) is None: return None
-    with np.load(Path(run)/'predictions.npz', allow_pickle=False) as file: return file['ids' if split == 'test' else f'{split}_ids'], said.probs
+    if (said := outcome.scored(run, split)) is None:
+        return None
+    with np.load(Path(run) / "predictions.npz", allow_pickle=False) as file:
+        return file["ids" if split == "test" else f"{split}_ids"], said.probs
 
 
 def taken_labels(
-    run, # its folder
-) -> np.ndarray: # (n, C) int8 of the training split, or None
+    run,  # its folder
+) -> np.ndarray:  # (n, C) int8 of the training split, or None
     "The pseudo-labels of the epoch whose weights the run kept."
-    best = outcome.read_json(Path(run)/'metrics.json').get('best_epoch')
-    path = Path(run)/'pseudo'/f'epoch_{best or 0:02d}.npz'
-    if not path.is_file(): return None
-    with np.load(path, allow_pickle=False) as file: return file['pseudo']
+    best = outcome.read_json(Path(run) / "metrics.json").get("best_epoch")
+    path = Path(run) / "pseudo" / f"epoch_{best or 0:02d}.npz"
+    if not path.is_file():
+        return None
+    with np.load(path, allow_pickle=False) as file:
+        return file["pseudo"]
 
 
 def _drawn(notes, split):
@@ -303,20 +357,29 @@ def _drawn(notes, split):
 def _rows(run, notes, split, ids, said):
     "The predictions of pictures; refused where the data set is no longer the one that the run was of."
     rows, names = pd.Index(said[0]).get_indexer(ids), outcome.scored(run, split).names
-    wrong = [notes.names[i] for i, r in zip(ids, rows) if r < 0 or names and not notes.names[i].endswith(Path(names[r]).as_posix())]
-    if wrong: raise AevlpError(f'{Path(run).name}: has no prediction of {wrong[0]}: its {split} split was another; train it again on these data')
+    wrong = [
+        notes.names[i]
+        for i, r in zip(ids, rows)
+        if r < 0 or names and not notes.names[i].endswith(Path(names[r]).as_posix())
+    ]
+    if wrong:
+        raise AevlpError(
+            f"{Path(run).name}: has no prediction of {wrong[0]}: its {split} split was another; train it again on "
+            "these data"
+        )
     return said[1][rows]
 
 
 def map_of(
-    run, # folder of a finished run
-    notes, # a `Review` of its data
-    split, # 'val' or 'test'
-    draws=DRAWS, # of the bootstrap
-) -> np.ndarray: # (1 + draws,) mAP in percent, first as measured; None where nothing is
+    run,  # folder of a finished run
+    notes,  # a `Review` of its data
+    split,  # 'val' or 'test'
+    draws=DRAWS,  # of the bootstrap
+) -> np.ndarray:  # (1 + draws,) mAP in percent, first as measured; None where nothing is
     "The run's mAP on the reviewed pictures of a split, and its bootstrap."
     (ids, part), said = _drawn(notes, split), predictions(run, split)
-    if said is None or not len(ids): return None
+    if said is None or not len(ids):
+        return None
     truth = np.stack([notes.rows[n] for n in part.names])
     every = weighted_ap(_rows(run, notes, split, ids, said), truth, resampled(part.weights, draws=draws))
     present = np.isfinite(every).any(1)
@@ -324,131 +387,183 @@ def map_of(
 
 
 def labels_of(
-    run, # folder of a finished run
-    notes, # a `Review` of its data
-    data, # the labelled images
-) -> dict: # precision and recall of its pseudo-labels: [percent, low, high]
-    "How right the labels are that a run trained on, by the reviewed training pictures, where the data are still those of the run; given labels are left out."
-    (ids, part), pseudo = _drawn(notes, 'train'), taken_labels(run)
-    if pseudo is None or not len(ids) or outcome.about(run).get('fingerprint', data.fingerprint) != data.fingerprint: return {}
-    rows, truth = np.searchsorted(data.splits['train'], ids), np.stack([notes.rows[n] for n in part.names])
+    run,  # folder of a finished run
+    notes,  # a `Review` of its data
+    data,  # the labelled images
+) -> dict:  # precision and recall of its pseudo-labels: [percent, low, high]
+    "How right a run's pseudo-labels are by the reviewed training pictures, while the data are still those of the run."
+    (ids, part), pseudo = _drawn(notes, "train"), taken_labels(run)
+    if pseudo is None or not len(ids) or outcome.about(run).get("fingerprint", data.fingerprint) != data.fingerprint:
+        return {}
+    rows, truth = np.searchsorted(data.splits["train"], ids), np.stack([notes.rows[n] for n in part.names])
     open_, marked = data.observed[ids] == 0, pseudo[rows] == 1
     right, said, there = ((x & open_).sum(1) for x in (marked & (truth == 1), marked, truth == 1))
     w = resampled(part.weights)
-    ratio = lambda whole: 100 * np.divide(w @ right, w @ whole, out=np.full(len(w), np.nan), where=w @ whole > 0)
+
+    def ratio(whole):
+        return 100 * np.divide(w @ right, w @ whole, out=np.full(len(w), np.nan), where=w @ whole > 0)
+
     return dict(precision=bounds(ratio(said)), recall=bounds(ratio(there)))
 
 # %% ../nbs/15d_reviewed.ipynb #05b6a6a3
 _SAYS = {
-    'random': 'a plain random sample of {split}: the mAP of the whole split, estimated without bias',
-    'weighted': 'a weighted random sample of {split}, each picture counted by the inverse of its chance: the mAP of the whole split, estimated without bias',
-    'uncertain': 'the most uncertain of {split}, no random sample: the mAP of those pictures, not of the split',
-    None: 'chosen in an unknown way from {split}: the mAP of those pictures, not of the split'}
+    "random": "a plain random sample of {split}: the mAP of the whole split, estimated without bias",
+    "weighted": (
+        "a weighted random sample of {split}, each picture counted by the inverse of its chance: the mAP of the whole "
+        "split, estimated without bias"
+    ),
+    "uncertain": "the most uncertain of {split}, no random sample: the mAP of those pictures, not of the split",
+    None: "chosen in an unknown way from {split}: the mAP of those pictures, not of the split",
+}
 
 
 def about(
-    notes, # a `Review`
-) -> list: # of sentences
+    notes,  # a `Review`
+) -> list:  # of sentences
     "What the numbers of a review are of, split by split."
     lines = []
-    for split in ('train', 'val', 'test'):
+    for split in ("train", "val", "test"):
         ids, part = _drawn(notes, split)
-        left = [f'{n} {what}' for n, what in ((part.skipped, 'skipped'), (part.out_of_turn, 'reviewed out of turn and not counted')) if n]
-        says = _SAYS[part.order].replace('mAP', 'label quality') if split == 'train' else _SAYS[part.order]
-        if len(ids) or left: lines.append(f'{split}: {len(ids)} pictures, {says.format(split=split)}' + (f' ({", ".join(left)})' if left else '') + '.')
+        left = [
+            f"{n} {what}"
+            for n, what in ((part.skipped, "skipped"), (part.out_of_turn, "reviewed out of turn and not counted"))
+            if n
+        ]
+        says = _SAYS[part.order].replace("mAP", "label quality") if split == "train" else _SAYS[part.order]
+        if len(ids) or left:
+            lines.append(
+                f"{split}: {len(ids)} pictures, {says.format(split=split)}"
+                + (f" ({', '.join(left)})" if left else "")
+                + "."
+            )
     return lines
 
 
 def measure(
-    folders, # of finished runs on one data set
-    notes, # a `Review` of it
-    data, # of each, its labelled images
-) -> pd.DataFrame: # a row a run, best first: run, and for each of val, test, precision, recall the percent and its bounds; and minus_best
+    folders,  # of finished runs on one data set
+    notes,  # a `Review` of it
+    data,  # of each, its labelled images
+) -> pd.DataFrame:  # a row a run, best first: val, test, precision, recall with bounds; minus_best
     "All that a review says of runs. `minus_best`: the difference from the first row on the same pictures."
     rows, draws = [], {}
     for folder, images in zip(folders, data, strict=True):
-        row = {'run': Path(folder).name}
-        for split in ('val', 'test'):
+        row = {"run": Path(folder).name}
+        for split in ("val", "test"):
             if (found := map_of(folder, notes, split)) is not None:
-                draws[row['run'], split] = found
-                row |= dict(zip((split, f'{split}_low', f'{split}_high'), in_percent(found)))
-        for name, found in labels_of(folder, notes, images).items(): row |= dict(zip((name, f'{name}_low', f'{name}_high'), found))
+                draws[row["run"], split] = found
+                row |= dict(zip((split, f"{split}_low", f"{split}_high"), in_percent(found)))
+        for name, found in labels_of(folder, notes, images).items():
+            row |= dict(zip((name, f"{name}_low", f"{name}_high"), found))
         rows.append(row)
     table = pd.DataFrame(rows)
-    by = next((s for s in ('val', 'test') if s in table and table[s].notna().any()), None)
-    if by is None: return table
-    table = table.sort_values(by, ascending=False, kind='stable', ignore_index=True)
+    by = next((s for s in ("val", "test") if s in table and table[s].notna().any()), None)
+    if by is None:
+        return table
+    table = table.sort_values(by, ascending=False, kind="stable", ignore_index=True)
     best = table.run[0]
     gaps = [bounds(draws[r, by] - draws[best, by], mend=True) if (r, by) in draws else [None] * 3 for r in table.run]
-    return table.assign(chosen_by=by, **{f'minus_best{e}': [g[i] for g in gaps] for i, e in enumerate(('', '_low', '_high'))})
+    return table.assign(
+        chosen_by=by, **{f"minus_best{e}": [g[i] for g in gaps] for i, e in enumerate(("", "_low", "_high"))}
+    )
 
 
 def shown(
-    table, # of `measure`
-) -> pd.DataFrame: # text
+    table,  # of `measure`
+) -> pd.DataFrame:  # text
     "The table as a person reads it: `61.2 [55.0, 66.9]`."
-    heads = {'val': 'val mAP', 'test': 'test mAP', 'precision': 'label precision', 'recall': 'label recall', 'minus_best': 'minus the best'}
-    text = lambda r, k: '–' if pd.isna(r[k]) else f'{r[k]:.1f} [{r[f"{k}_low"]:.1f}, {r[f"{k}_high"]:.1f}]'
-    out = {'run': table.run} | {head: [text(r, k) for _, r in table.iterrows()] for k, head in heads.items() if k in table}
+    heads = {
+        "val": "val mAP",
+        "test": "test mAP",
+        "precision": "label precision",
+        "recall": "label recall",
+        "minus_best": "minus the best",
+    }
+
+    def text(r, k):
+        return "–" if pd.isna(r[k]) else f"{r[k]:.1f} [{r[f'{k}_low']:.1f}, {r[f'{k}_high']:.1f}]"
+
+    out = {"run": table.run} | {
+        head: [text(r, k) for _, r in table.iterrows()] for k, head in heads.items() if k in table
+    }
     return pd.DataFrame(out)
 
 
 def choice(
-    table, # of `measure`
-) -> str: # one sentence
+    table,  # of `measure`
+) -> str:  # one sentence
     "Which run the reviewed pictures speak for, and how surely."
-    if 'chosen_by' not in table or len(table) < 2: return ''
+    if "chosen_by" not in table or len(table) < 2:
+        return ""
     close = table.run[1:][table.minus_best_high[1:] >= 0]
-    more = 'no other run is within chance of it' if close.empty else (
-        f'{len(close)} of the others cannot be told from it on these pictures' + (f', as {close.iloc[0]}' if len(close) < len(table) - 1 else ''))
-    return f'Best by the reviewed {table.chosen_by[0]} pictures: {table.run[0]}; {more}.'
+    more = (
+        "no other run is within chance of it"
+        if close.empty
+        else (
+            f"{len(close)} of the others cannot be told from it on these pictures"
+            + (f", as {close.iloc[0]}" if len(close) < len(table) - 1 else "")
+        )
+    )
+    return f"Best by the reviewed {table.chosen_by[0]} pictures: {table.run[0]}; {more}."
 
 # %% ../nbs/15d_reviewed.ipynb #781789c6
-ENOUGH = 5 # reviewed positives of a class that make a threshold
+ENOUGH = 5  # reviewed positives of a class that make a threshold
 
 
 def thresholds(
-    run, # folder of a finished run
-    notes, # a `Review` of its data
-    own, # pd.Series by class: the run's thresholds
-) -> pd.DataFrame: # by class: threshold, positives seen, source 'reviewed' or 'run'
+    run,  # folder of a finished run
+    notes,  # a `Review` of its data
+    own,  # pd.Series by class: the run's thresholds
+) -> pd.DataFrame:  # by class: threshold, positives seen, source 'reviewed' or 'run'
     "Thresholds by the reviewed validation pictures; of the test pictures where no validation picture was reviewed."
-    split = next((s for s in ('val', 'test') if len(_drawn(notes, s)[0]) and predictions(run, s) is not None), None)
-    if split is None: raise AevlpError(f'{notes.path}: no validation or test picture is reviewed, or {Path(run).name} kept no predictions of them; review some, or train again')
+    split = next((s for s in ("val", "test") if len(_drawn(notes, s)[0]) and predictions(run, s) is not None), None)
+    if split is None:
+        raise AevlpError(
+            f"{notes.path}: no validation or test picture is reviewed, or {Path(run).name} kept no predictions of "
+            "them; review some, or train again"
+        )
     (ids, part), said = _drawn(notes, split), predictions(run, split)
     probs, truth = _rows(run, notes, split, ids, said), np.stack([notes.rows[n] for n in part.names])
     seen = truth.sum(0)
-    cuts = [outcome.best_f1_threshold(probs[:, c], truth[:, c], part.weights) if seen[c] >= ENOUGH else own[n] for c, n in enumerate(notes.class_names)]
-    return pd.DataFrame({'threshold': cuts, 'positives': seen, 'source': np.where(seen >= ENOUGH, 'reviewed', 'run')}, index=list(notes.class_names))
+    cuts = [
+        outcome.best_f1_threshold(probs[:, c], truth[:, c], part.weights) if seen[c] >= ENOUGH else own[n]
+        for c, n in enumerate(notes.class_names)
+    ]
+    return pd.DataFrame(
+        {"threshold": cuts, "positives": seen, "source": np.where(seen >= ENOUGH, "reviewed", "run")},
+        index=list(notes.class_names),
+    )
 
 # %% ../nbs/15d_reviewed.ipynb #ff47e25b
 def _opened(path, params):
     "The review of a run's data, and the data."
     data = runs.load_data(params)
-    return open_file(path, data, params.get('root')), data
+    return open_file(path, data, params.get("root")), data
 
 
 def of_runs(
-    path, # the CSV of a review
-    folders, # of finished runs, on any data
-) -> tuple: # (table of `measure`, `Review`)
+    path,  # the CSV of a review
+    folders,  # of finished runs, on any data
+) -> tuple:  # (table of `measure`, `Review`)
     "What a review says of the runs whose pictures it shows."
     kept, data, notes, refused = [], [], None, None
     for folder in folders:
-        try: found, images = _opened(path, runs.read_params(folder))
-        except AevlpError as error: # a run of other data, or of data that are gone
+        try:
+            found, images = _opened(path, runs.read_params(folder))
+        except AevlpError as error:  # a run of other data, or of data that are gone
             refused = refused or error
             continue
         kept, data, notes = [*kept, folder], [*data, images], notes or found
-    if notes is None: raise refused or AevlpError(f'{path}: there is no finished run to measure')
+    if notes is None:
+        raise refused or AevlpError(f"{path}: there is no finished run to measure")
     return measure(kept, notes, data), notes
 
 
 def thresholds_of(
-    path, # the CSV of a review
-    run, # folder, name, or beginning of a name
-) -> pd.DataFrame: # of `thresholds`
+    path,  # the CSV of a review
+    run,  # folder, name, or beginning of a name
+) -> pd.DataFrame:  # of `thresholds`
     "Thresholds of a run by a review of its data."
     from aevlp import deploy
+
     run = runs.find(run)
     return thresholds(run, _opened(path, runs.read_params(run))[0], deploy.thresholds(run))

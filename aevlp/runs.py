@@ -30,7 +30,7 @@ import threading
 import time
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
 
@@ -82,7 +82,7 @@ def run_params(
     root=None,  # folder of the data set, where it is not in `home()`
     csv=None,  # the labels of own pictures
     fidelity: str = "paper",  # or 'released'
-    observation=None,  # how labels are observed; default one uniform positive, of own pictures the labels as they are given
+    observation=None,  # how labels are observed; default one uniform positive, of own pictures those given
     overrides: dict | None = None,  # fields of the recipe
     separator: str | None = None,  # of labels in a cell of `csv`; default recognised
 ) -> dict:
@@ -93,15 +93,24 @@ def run_params(
         raise AevlpError(f"seed={seed!r} should be a whole number from 0")
     dataset = benchmarks.resolve(dataset, root, csv)
     root, csv = (str(Path(p).expanduser().absolute()) if p else None for p in (root, csv))
-    params = dict(dataset=dataset, method=registry.get(method).name, seed=seed, root=root, csv=csv,
-                  fidelity=fidelity, observation=observation) | (dict(separator=separator) if separator else {})
+    params = dict(
+        dataset=dataset,
+        method=registry.get(method).name,
+        seed=seed,
+        root=root,
+        csv=csv,
+        fidelity=fidelity,
+        observation=observation,
+    ) | (dict(separator=separator) if separator else {})
     for key in overrides or {}:
         if not isinstance(key, str):
             raise AevlpError(f"an override's name should be text, not {reprlib.repr(key)}")
     own = None if dataset in recipes.DATASETS else load_data(params)
     start, why = ready.start(own, params["method"], overrides or {}) if own and fidelity == "paper" else ({}, [])
     overrides = start | (overrides or {})
-    varied = dict(view_seed=seed) if dataset == "glyphs" else {}  # its views are drawn anew per seed, as its single labels
+    varied = (
+        dict(view_seed=seed) if dataset == "glyphs" else {}
+    )  # its views are drawn anew per seed, as its single labels
     recipe = dict(vars(recipes.recipe(dataset, params["method"], fidelity, data=own, **(varied | (overrides or {})))))
     said = dict(content=own.fingerprint, notes=[*own.extra.get("notes", ()), *why]) if own else {}
     return params | said | dict(overrides={k: recipe[k] for k in sorted(overrides or {})}, recipe=recipe)
@@ -163,7 +172,7 @@ def run_key(
 def run_name(
     params: dict,  # of `run_params`
 ) -> str:
-    "Readable, and the same for the same parameters, of own pictures for the same labels and files: `glyphs-aevlp-s0-1a2b3c4d`."
+    "Readable, and the same for the same parameters, labels and files: `glyphs-aevlp-s0-1a2b3c4d`."
     own = Path(params.get("csv") or params.get("root") or "").stem if params["dataset"] in benchmarks.OWN else ""
     dataset = re.sub(r"\W+", "_", own) or params["dataset"]
     key = run_key(params) if params.get("content") else _digest(params, (*_DECIDES, "root", "csv"))
@@ -193,11 +202,13 @@ def _alive(process) -> bool:
 
 
 def _now() -> str:
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 # %% ../nbs/15_runs.ipynb #b4a4aca1
 _STATES = ("new", "running", "interrupted", "done", "failed")
-_STATUS = dict(state=str, host=str, seconds=(int, float), cell=int, cells=int, begun=str, ended=str, process=dict, kernel=dict)
+_STATUS = dict(
+    state=str, host=str, seconds=(int, float), cell=int, cells=int, begun=str, ended=str, process=dict, kernel=dict
+)
 
 
 def status(
@@ -205,7 +216,9 @@ def status(
 ) -> dict:  # 'state': 'new', 'running', 'interrupted', 'done' or 'failed', and what is known of it
     "How far a run is; one whose process was killed is 'interrupted'."
     folder = Path(folder)
-    said = {"state": "new"} | {k: v for k, v in _read_json(folder / "status.json").items() if isinstance(v, _STATUS.get(k, object))}
+    said = {"state": "new"} | {
+        k: v for k, v in _read_json(folder / "status.json").items() if isinstance(v, _STATUS.get(k, object))
+    }
     if said["state"] not in _STATES:
         said["state"] = "new"
     if said["state"] == "running" and said.get("host") == _HOST and not _alive(said.get("process")):
@@ -216,7 +229,7 @@ def status(
 
 
 def _end_kernel(folder):
-    "No kernel is left behind by a worker that was killed: it and all that it started end, where it was started for this folder."
+    "No kernel is left behind by a killed worker: it and all that it started for this folder end."
     said = status(folder)
     if said.get("host") != _HOST or not _alive(said.get("kernel")):
         return
@@ -238,11 +251,19 @@ def provenance() -> dict:
         git = ["git", "-C", str(checkout)]
         found = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
         changed = subprocess.run([*git, "status", "--porcelain", "--", "aevlp"], capture_output=True, text=True)
-        commit = found.stdout.strip() + ("-changed" if changed.stdout.strip() else "") if found.returncode == 0 else None
+        commit = (
+            found.stdout.strip() + ("-changed" if changed.stdout.strip() else "") if found.returncode == 0 else None
+        )
     import torch  # a second that a table of runs need not wait
+
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    return dict(version=aevlp.__version__, commit=commit, torch=str(torch.__version__), python=sys.version.split()[0],
-                device=device)
+    return dict(
+        version=aevlp.__version__,
+        commit=commit,
+        torch=str(torch.__version__),
+        python=sys.version.split()[0],
+        device=device,
+    )
 
 # %% ../nbs/15_runs.ipynb #a1b5949f
 def _remove_left(folder):
@@ -279,7 +300,9 @@ def _for_sockets() -> str:
     for folder in known:
         if len(os.fsencode(folder)) <= _SOCKET and os.access(folder, os.W_OK | os.X_OK):
             return folder
-    raise AevlpError(f"{known[0]}: too long a name for the sockets of a kernel; set TMPDIR to a folder with a shorter one")
+    raise AevlpError(
+        f"{known[0]}: too long a name for the sockets of a kernel; set TMPDIR to a folder with a shorter one"
+    )
 
 
 @lru_cache
@@ -298,7 +321,9 @@ def _engine() -> str:
         def _ours(self):  # no folder is searched: the kernel is this interpreter, whatever `python3` means to Jupyter
             return KernelSpecManager(kernel_dirs=[])
 
-        async def _async_interrupt_kernel(self):  # not before the request to end: a kernel busy with its last answer prints it
+        async def _async_interrupt_kernel(
+            self,
+        ):  # not before the request to end: a kernel busy with its last answer prints it
             if not self.shutting_down:
                 await super()._async_interrupt_kernel()
 
@@ -323,8 +348,15 @@ def _engine() -> str:
                 if len(os.fsencode(tempfile.gettempdir())) > _SOCKET:  # worker processes of torch need sockets as well
                     nb_man.environment = nb_man.environment | {"TMPDIR": str(private)}
                 sockets = Config({"KernelManager": {"transport": "ipc", "ip": f"{private}/kernel"}})
-                client = Client(nb_man, kernel_name=kernel_name, startup_timeout=300, iopub_timeout=120, log=logger,
-                                kernel_manager_class=Manager, config=sockets)
+                client = Client(
+                    nb_man,
+                    kernel_name=kernel_name,
+                    startup_timeout=300,
+                    iopub_timeout=120,
+                    log=logger,
+                    kernel_manager_class=Manager,
+                    config=sockets,
+                )
                 try:
                     client.execute()
                 finally:
@@ -352,10 +384,19 @@ def execute(
     "Run a notebook with papermill; what was executed is saved cell by cell."
     engine = _engine()
     import papermill
+
     out = Path(out).absolute()
     out.parent.mkdir(parents=True, exist_ok=True)
-    papermill.execute_notebook(str(experiment(notebook)), str(out), parameters=params, engine_name=engine,
-                               kernel_name="python3", progress_bar=False, report=report, environment=environment)
+    papermill.execute_notebook(
+        str(experiment(notebook)),
+        str(out),
+        parameters=params,
+        engine_name=engine,
+        kernel_name="python3",
+        progress_bar=False,
+        report=report,
+        environment=environment,
+    )
     return out
 
 # %% ../nbs/15_runs.ipynb #baf332d3
@@ -470,7 +511,7 @@ def _run(params, folder, notebook, afresh) -> dict:
 
 
 def _record(folder, why, said=None):
-    "Write what went wrong, where that is possible: on a full disk, or in a folder that disappeared, nothing is recorded."
+    "Write what went wrong, where possible: on a full disk, or in a folder that disappeared, nothing is recorded."
     for name, value in (("error.json", why), ("status.json", said)):
         with suppress(AevlpError, OSError):
             if value is not None and folder.is_dir():
@@ -507,8 +548,12 @@ def attempts(
 def _together(batch, runs, stop) -> dict:  # name -> outcome
     "Runs in one kernel, their folders locked."
     folders, why = [runs / run_name(p) for p in batch], None
-    given = dict(batch=[{k: v for k, v in p.items() if k not in ("recipe", "notes")} for p in batch], runs_folder=str(runs),
-                 worker=_process(os.getpid()), stop=stop and str(stop))
+    given = dict(
+        batch=[{k: v for k, v in p.items() if k not in ("recipe", "notes")} for p in batch],
+        runs_folder=str(runs),
+        worker=_process(os.getpid()),
+        stop=stop and str(stop),
+    )
     try:
         environment = _environment(batch[0]["recipe"]) | {_RUN: "\n".join(os.path.realpath(f) for f in folders)}
         execute("batch", given, folders[0] / "train.ipynb", environment=environment)
@@ -537,6 +582,7 @@ def make(
 ) -> dict:  # as metrics.json; empty where the run failed, which its folder says
     "Make a run in this very process, as the notebook of a batch does."
     from aevlp import train as training
+
     said = dict(state="running", host=_HOST, process=worker or _process(os.getpid()), begun=_now())
     said |= dict(kernel=_process(os.getpid())) if worker else {}
     began = time.monotonic()
@@ -550,7 +596,9 @@ def make(
         data = load_data(params)
         if params.get("content") not in (None, data.fingerprint):
             raise AevlpError("the labels or pictures have changed since this run was asked for; start it again")
-        metrics = training.fit(data, params["method"], recipes.Recipe(**params["recipe"]), params["seed"], folder, progress=False)
+        metrics = training.fit(
+            data, params["method"], recipes.Recipe(**params["recipe"]), params["seed"], folder, progress=False
+        )
         report(state="done", ended=_now())
         return metrics
     except Exception as e:
@@ -600,7 +648,7 @@ def epoch_of(
     if history.empty or "seconds" not in history or history["seconds"].isna().all():
         return len(history), None, None
     last, said = history.iloc[-1], None
-    if (measure := next((m for m in ("map", "auc_observed") if pd.notna(last.get(f"val_{m}"))), None)):
+    if measure := next((m for m in ("map", "auc_observed") if pd.notna(last.get(f"val_{m}"))), None):
         said = f"val {metrics.MEASURES[measure]} {last[f'val_{measure}']:.1f}"
     return len(history), said, max(epochs - len(history), 0) * history["seconds"].mean()
 
@@ -621,6 +669,7 @@ class Board:
         workers: int = 1,  # runs at a time
     ):
         from rich.console import Console
+
         self.console, self.runs, self.workers = Console(soft_wrap=True, highlight=False), Path(runs), workers
         self.epochs = {run_name(p): p["recipe"]["epochs"] for p in plan}
         self.states = dict.fromkeys(self.epochs, "waiting")
@@ -641,8 +690,11 @@ class Board:
         if state == "done":
             self.spent.append(status(folder).get("seconds") or 0)
             measure, found = metrics.headline(_read_json(folder / "metrics.json"))
-            self.say(f"done    {name}" + (f"  test {metrics.MEASURES[measure]} {found[0]:.2f}" if measure else "")
-                     + f"  {_clock(self.spent[-1])}")
+            self.say(
+                f"done    {name}"
+                + (f"  test {metrics.MEASURES[measure]} {found[0]:.2f}" if measure else "")
+                + f"  {_clock(self.spent[-1])}"
+            )
         elif state == "reused":
             self.say(f"reused  {name}: finished before")
         elif state == "failed":
@@ -667,6 +719,7 @@ def lines(self: Board) -> list:  # of (name, text) of the runs that run now
 def __rich__(self: Board):
     "Counts, time left, and a line a running run, redrawn twice a second."
     from rich.table import Table
+
     lines, states = self.lines(), list(self.states.values())
     open_ = sum(s in ("waiting", "handed out") for s in states)
     ended = f"{sum(s in ('done', 'reused') for s in states)} done, {states.count('failed')} failed"
@@ -688,6 +741,7 @@ def live(self: Board, show=True):
         yield self
         return
     from rich.live import Live
+
     with Live(get_renderable=self.__rich__, console=self.console, refresh_per_second=2, transient=True):
         yield self
 
@@ -772,8 +826,17 @@ def _read_yaml(path):
 
 
 _TEXT, _MAYBE = (str,), (str, type(None))
-_PARAMS = dict(dataset=_TEXT, method=_TEXT, seed=(int,), root=_MAYBE, csv=_MAYBE, fidelity=_TEXT, recipe=(dict,),
-               observation=(str, dict, type(None)), overrides=(dict, type(None)))
+_PARAMS = dict(
+    dataset=_TEXT,
+    method=_TEXT,
+    seed=(int,),
+    root=_MAYBE,
+    csv=_MAYBE,
+    fidelity=_TEXT,
+    recipe=(dict,),
+    observation=(str, dict, type(None)),
+    overrides=(dict, type(None)),
+)
 
 
 def read_params(
@@ -789,9 +852,13 @@ def read_params(
         raise AevlpError(f"{path} does not hold the parameters of a run; delete the folder")
     recipe = params["recipe"] if isinstance(params["recipe"], dict) else {}
     odd = [k for k, kinds in _PARAMS.items() if k in params and type(params[k]) not in kinds]
-    odd += [k for k, v in recipe.items() if not isinstance(k, str) or type(v) not in (str, int, float, bool, type(None))]
+    odd += [
+        k for k, v in recipe.items() if not isinstance(k, str) or type(v) not in (str, int, float, bool, type(None))
+    ]
     if odd:
-        raise AevlpError(f"{path} does not hold the parameters of a run: {reprlib.repr(odd[0])} is no such value; delete the folder")
+        raise AevlpError(
+            f"{path} does not hold the parameters of a run: {reprlib.repr(odd[0])} is no such value; delete the folder"
+        )
     return params
 
 
@@ -815,9 +882,13 @@ def find(
     if len(hits) == 1:
         return hits[0]
     if hits:
-        raise AevlpError(f"{len(hits)} runs begin with '{run}', for example {hits[0].name} and {hits[1].name}; name one")
+        raise AevlpError(
+            f"{len(hits)} runs begin with '{run}', for example {hits[0].name} and {hits[1].name}; name one"
+        )
     near = nearest(run, known)
-    raise AevlpError(f"no run is called '{run}'" + (f"; the nearest is '{near}'" if near else f": none is in {runs or runs_root()}"))
+    raise AevlpError(
+        f"no run is called '{run}'" + (f"; the nearest is '{near}'" if near else f": none is in {runs or runs_root()}")
+    )
 
 # %% ../nbs/15_runs.ipynb #4841b529
 def _measured(path) -> dict:
@@ -826,8 +897,11 @@ def _measured(path) -> dict:
     measured = {k: v for k, v in found.items() if not isinstance(v, (dict, list))}
     for split in ("test", "val"):
         given = found.get(split) if isinstance(found.get(split), dict) else {}
-        measured |= {f"{split}_{k}": v[0] if isinstance(v, list) and v else None
-                     for k, v in given.items() if k in metrics.MEASURES and k != "map"}
+        measured |= {
+            f"{split}_{k}": v[0] if isinstance(v, list) and v else None
+            for k, v in given.items()
+            if k in metrics.MEASURES and k != "map"
+        }
     numbers = [k for k in measured if k.startswith(("test_", "val_"))]
     if odd := [k for k in numbers if not isinstance(measured[k], (int, float, type(None)))]:
         raise AevlpError(f"{path}: {odd[0]} should be a number; remove the file, and train the run again")
@@ -854,10 +928,20 @@ def _row(folder) -> dict:
     outer = {k: v for k, v in params.items() if k not in ("recipe", "overrides")}
     overrides = _overrides(params)
     observation = outer.pop("observation", None)
-    return dict(run=folder.name, state=said["state"], key=run_key(params), **outer, overrides=overrides,
-                observation=observation if isinstance(observation, (str, type(None))) else json.dumps(observation),
-                **params["recipe"], **{k: v for k, v in measured.items() if k not in params["recipe"] and k not in outer},
-                wall=said.get("seconds"), ended=said.get("ended"), error=error, folder=str(folder))
+    return dict(
+        run=folder.name,
+        state=said["state"],
+        key=run_key(params),
+        **outer,
+        overrides=overrides,
+        observation=observation if isinstance(observation, (str, type(None))) else json.dumps(observation),
+        **params["recipe"],
+        **{k: v for k, v in measured.items() if k not in params["recipe"] and k not in outer},
+        wall=said.get("seconds"),
+        ended=said.get("ended"),
+        error=error,
+        folder=str(folder),
+    )
 
 
 def frame(
@@ -888,8 +972,18 @@ def history(
     return past.merge(pd.DataFrame.from_dict(about, orient="index"), left_on="run", right_index=True)
 
 # %% ../nbs/15_runs.ipynb #6007f2b0
-_KEYS = dict(name=str, title=str, datasets=list, methods=list, rows=list, seeds=list, overrides=dict, fidelity=str,
-             observation=(str, dict), metric=str)
+_KEYS = dict(
+    name=str,
+    title=str,
+    datasets=list,
+    methods=list,
+    rows=list,
+    seeds=list,
+    overrides=dict,
+    fidelity=str,
+    observation=(str, dict),
+    metric=str,
+)
 _ROW = dict(label=str, method=str, overrides=dict, paper=dict, only=list, without=list)
 _DATASET = dict(name=str, root=str, csv=str, observation=(str, dict))
 
@@ -957,8 +1051,13 @@ def expand(
     for where in [dataset] if dataset else spec["datasets"]:
         where = {"name": where} if isinstance(where, str) else where
         _known_keys(f"sweep {spec['name']}, datasets", where, _DATASET)
-        place = dict(dataset=where.get("name"), root=where.get("root") or root, csv=where.get("csv") or csv,
-                     observation=where.get("observation") or spec.get("observation"), fidelity=spec.get("fidelity", "paper"))
+        place = dict(
+            dataset=where.get("name"),
+            root=where.get("root") or root,
+            csv=where.get("csv") or csv,
+            observation=where.get("observation") or spec.get("observation"),
+            fidelity=spec.get("fidelity", "paper"),
+        )
         if place["root"] or place["csv"]:
             place["dataset"] = benchmarks.resolve(place["dataset"], place["root"], place["csv"])
         elif place["dataset"] is None:
@@ -972,8 +1071,18 @@ def expand(
                 paper = (row.get("paper") or {}).get(name)
                 for seed in seeds:
                     params = run_params(method=row["method"], seed=seed, overrides=values | (overrides or {}), **place)
-                    planned.append(dict(label=label, dataset=name, method=params["method"], seed=seed,
-                                        run=run_name(params), key=run_key(params), paper=paper, params=params))
+                    planned.append(
+                        dict(
+                            label=label,
+                            dataset=name,
+                            method=params["method"],
+                            seed=seed,
+                            run=run_name(params),
+                            key=run_key(params),
+                            paper=paper,
+                            params=params,
+                        )
+                    )
     if not planned:
         raise AevlpError(f"sweep {spec['name']} holds no run for these data sets")
     return pd.DataFrame(planned).drop_duplicates(["label", "run"], ignore_index=True)
@@ -1020,9 +1129,11 @@ def cost(
         return f"all {len(table)} runs are done"
     unknown = int(open_.seconds.isna().sum())
     known = f"about {_clock(open_.seconds.sum() / workers)} with {workers} at a time, {open_.megabytes.sum():.0f} MB"
-    return (f"{len(table) - len(open_)} of {len(table)} runs are done, {len(open_)} to do"
-            + (f": {known}" if unknown < len(open_) else "")
-            + (f"; no run like {unknown} of them to judge by" if unknown else ""))
+    return (
+        f"{len(table) - len(open_)} of {len(table)} runs are done, {len(open_)} to do"
+        + (f": {known}" if unknown < len(open_) else "")
+        + (f"; no run like {unknown} of them to judge by" if unknown else "")
+    )
 
 # %% ../nbs/15_runs.ipynb #ba2673a1
 _CLIP = ("clip", "clip_weights", "clip_norm", "augment", "view_seed", "precision")
@@ -1084,6 +1195,7 @@ def _gpus() -> int:
     if sys.platform == "linux" and not any(os.path.exists(f"/dev/{name}") for name in ("nvidiactl", "kfd", "dxg")):
         return 0
     import torch
+
     return torch.cuda.device_count()
 
 
@@ -1107,23 +1219,44 @@ def cluster(
     "A dask client: of this machine, open to nobody else on it, or of the cluster at an address."
     import dask
     from distributed import Client, LocalCluster, Security
+
     if scheduler:
         try:
             client = Client(scheduler, timeout=10, set_as_default=False)
         except (OSError, ValueError) as e:
-            raise AevlpError(f"no dask scheduler answers at {scheduler} ({e}); start one with `dask scheduler`") from None
+            raise AevlpError(
+                f"no dask scheduler answers at {scheduler} ({e}); start one with `dask scheduler`"
+            ) from None
         with client:
             yield client
         return
     limits = {f"{k}_NUM_THREADS": str(threads) for k in ("OMP", "MKL", "OPENBLAS")}
-    settings = {"distributed.scheduler.allowed-failures": 1000, "distributed.nanny.pre-spawn-environ": limits,
-                "distributed.worker.daemon": False, "distributed.comm.timeouts.connect": "120s",
-                "distributed.scheduler.http.routes": [], "distributed.worker.http.routes": []}  # no web pages, which ask for no certificate
-    with _scratch("aevlp-dask-", tempfile.gettempdir()) as scratch, dask.config.set(settings | {"temporary-directory": str(scratch)}):
-        local = LocalCluster(n_workers=workers or machine_workers(threads), threads_per_worker=1, processes=True,
-                             host="127.0.0.1", protocol="tls://", security=Security.temporary(),  # a certificate of this sweep
-                             dashboard_address="127.0.0.1:0", scheduler_kwargs={"dashboard": False},
-                             memory_limit=0, local_directory=str(scratch), preload=_DEAF, silence_logs=50)
+    settings = {
+        "distributed.scheduler.allowed-failures": 1000,
+        "distributed.nanny.pre-spawn-environ": limits,
+        "distributed.worker.daemon": False,
+        "distributed.comm.timeouts.connect": "120s",
+        "distributed.scheduler.http.routes": [],
+        "distributed.worker.http.routes": [],
+    }  # no web pages, which ask for no certificate
+    with (
+        _scratch("aevlp-dask-", tempfile.gettempdir()) as scratch,
+        dask.config.set(settings | {"temporary-directory": str(scratch)}),
+    ):
+        local = LocalCluster(
+            n_workers=workers or machine_workers(threads),
+            threads_per_worker=1,
+            processes=True,
+            host="127.0.0.1",
+            protocol="tls://",
+            security=Security.temporary(),  # a certificate of this sweep
+            dashboard_address="127.0.0.1:0",
+            scheduler_kwargs={"dashboard": False},
+            memory_limit=0,
+            local_directory=str(scratch),
+            preload=_DEAF,
+            silence_logs=50,
+        )
         with local, Client(local, set_as_default=False) as client:
             yield client
 
@@ -1131,6 +1264,7 @@ def cluster(
 def _remote(params, runs, notebook, stop):
     "Some runs on a dask worker; with several GPUs each worker has its own."
     from distributed import get_worker
+
     if (gpus := _gpus()) > 1 and str(get_worker().name).isdigit() and "CUDA_VISIBLE_DEVICES" not in os.environ:
         os.environ["CUDA_VISIBLE_DEVICES"] = str(int(get_worker().name) % gpus)
     return attempts(params, runs, stop) if len(params) > 1 else [attempt(params[0], runs, notebook, stop=stop)]
@@ -1178,15 +1312,15 @@ def _drive(client, todo, filled, runs, notebook, stop, board) -> dict:
         for future in [f for f in open_ if f.done()]:
             unit = open_.pop(future)
             finished = future.status == "finished"
-            for name, outcome in zip(unit, future.result() if finished else [None] * len(unit), strict=True):
-                if outcome is None or outcome["state"] == "lost":
-                    outcome = _lost(future, name, tries[name], runs)
-                tries[name] -= outcome["state"] == "busy"  # made elsewhere, not lost
-                if outcome["state"] in ("busy", "lost") and not stop.exists():
+            for name, ending in zip(unit, future.result() if finished else [None] * len(unit), strict=True):
+                if ending is None or ending["state"] == "lost":
+                    ending = _lost(future, name, tries[name], runs)
+                tries[name] -= ending["state"] == "busy"  # made elsewhere, not lost
+                if ending["state"] in ("busy", "lost") and not stop.exists():
                     again[name] = time.monotonic() + 3
                     continue
-                ended[name] = outcome
-                board.note(outcome)
+                ended[name] = ending
+                board.note(ending)
                 submit(later.pop(bank_of(todo[name]), []))
         time.sleep(0.1)
     return ended
@@ -1227,8 +1361,8 @@ def sweep(
     todo = {name: p for name, p in params.items() if status(runs / name)["state"] != "done"}
     board = Board(list(params.values()), runs, workers or machine_workers(threads))
     outcomes = {name: dict(run=name, state="reused", error=None) for name in params if name not in todo}
-    for outcome in outcomes.values():
-        board.states[outcome["run"]] = "reused"
+    for made in outcomes.values():
+        board.states[made["run"]] = "reused"
     if outcomes:
         board.say(f"{len(outcomes)} of {len(params)} runs are finished and reused, {len(todo)} to do")
     if todo:
@@ -1236,8 +1370,10 @@ def sweep(
             _check_data(todo)
         outcomes |= _made(board, params, todo, runs, notebook, workers, threads, scheduler, show)
     table = plan.drop(columns=["params", "paper", "key"])
-    return table.assign(state=[outcomes.get(n, {}).get("state", "stopped") for n in table.run],
-                        error=[outcomes.get(n, {}).get("error") for n in table.run])
+    return table.assign(
+        state=[outcomes.get(n, {}).get("state", "stopped") for n in table.run],
+        error=[outcomes.get(n, {}).get("error") for n in table.run],
+    )
 
 # %% ../nbs/15_runs.ipynb #ca18e326
 def _check_data(todo):

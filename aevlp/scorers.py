@@ -9,7 +9,7 @@ __all__ = ['SCORERS', 'FUSION_WEIGHTS', 'Scorer', 'WholeScorer', 'ViewsScorer', 
 # %% ../nbs/09c_scorers.ipynb #b29eb04f
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .damp import aggregate, local_threshold
 from .data import AevlpError, LabelledImages, nearest
@@ -20,46 +20,67 @@ from .vlm import dense_tokens, similarities, text_prototypes
 # %% ../nbs/09c_scorers.ipynb #1d365bda
 class Scorer(nn.Module):
     "What CLIP says of pictures; subclasses say what it is shown and how its answer is read"
-    tokens, noise = False, False  # dense tokens in place of views; G on the prototypes, which belongs to DAMP
-    kept = ('prototypes',)        # what a run keeps of it
 
-    def __init__(self, class_names, recipe, device='cpu'):
+    tokens, noise = False, False  # dense tokens in place of views; G on the prototypes, which belongs to DAMP
+    kept = ("prototypes",)  # what a run keeps of it
+
+    def __init__(self, class_names, recipe, device="cpu"):
         super().__init__()
         self.recipe, self.clip, self.class_names = recipe, clip_of(recipe, device), tuple(class_names)
         self.eyes, self.tower = self.look(), self.clip.model.visual
-        self.register_buffer('prototypes', self.words())
+        self.register_buffer("prototypes", self.words())
 
-    def look(self): return eyes_of(self.recipe, self.clip, self.tokens)
+    def look(self):
+        return eyes_of(self.recipe, self.clip, self.tokens)
 
     def words(self):  # -> (C, K) unit norm
-        if self.noise: return prototypes(self.recipe, self.clip, self.class_names)
+        if self.noise:
+            return prototypes(self.recipe, self.clip, self.class_names)
         return text_prototypes(self.clip, self.class_names, self.recipe.prompt, noise=False)
 
     @property
     def input_shape(self):  # (V, 3, S, S) of a picture
         settings = self.eyes.settings
-        return (settings.views if settings and not self.tokens else 1, 3, *(settings.size if settings else self.clip.image_size,) * 2)
+        return (
+            settings.views if settings and not self.tokens else 1,
+            3,
+            *(settings.size if settings else self.clip.image_size,) * 2,
+        )
 
     @property
-    def mean(self): return self.eyes.settings.mean if self.eyes.settings else self.clip.mean
-    @property
-    def std(self): return self.eyes.settings.std if self.eyes.settings else self.clip.std
+    def mean(self):
+        return self.eyes.settings.mean if self.eyes.settings else self.clip.mean
 
-    def weights(self): return {k: getattr(self, k).detach().cpu().contiguous() for k in self.kept}
+    @property
+    def std(self):
+        return self.eyes.settings.std if self.eyes.settings else self.clip.std
+
+    def weights(self):
+        return {k: getattr(self, k).detach().cpu().contiguous() for k in self.kept}
 
     def load(self, weights):
-        for k in self.kept: setattr(self, k, torch.as_tensor(weights[k]).to(self.clip.device))
+        for k in self.kept:
+            setattr(self, k, torch.as_tensor(weights[k]).to(self.clip.device))
         return self
 
-    def fit(self, data, bank_root=None): return self  # what is learned from the pictures of the training split, without labels
-    def read(self, embeddings): raise NotImplementedError  # (b, V, K) unit norm -> (b, C) in [0, 1]
+    def fit(self, data, bank_root=None):
+        return self  # what is learned from the pictures of the training split, without labels
+
+    def read(self, embeddings):
+        raise NotImplementedError  # (b, V, K) unit norm -> (b, C) in [0, 1]
 
     def embed(self, pixels):  # (b, V, 3, S, S) normalised -> (b, V, K), or (b, 1 + T, K) of tokens
-        if not self.tokens: return nn.functional.normalize(self.tower(pixels.flatten(0, 1)), dim=-1).unflatten(0, (-1, self.input_shape[0]))
-        found = (nn.functional.normalize(e, dim=-1) for e in dense_tokens(self.tower, pixels[:, 0], self.recipe.token_rule))
+        if not self.tokens:
+            return nn.functional.normalize(self.tower(pixels.flatten(0, 1)), dim=-1).unflatten(
+                0, (-1, self.input_shape[0])
+            )
+        found = (
+            nn.functional.normalize(e, dim=-1) for e in dense_tokens(self.tower, pixels[:, 0], self.recipe.token_rule)
+        )
         return torch.cat(token_views(*found, self.recipe.token_grid), 1)
 
-    def forward(self, pictures): return self.read(self.embed(pictures))  # (b, V, 3, S, S) normalised -> (b, C) in [0, 1]
+    def forward(self, pictures):
+        return self.read(self.embed(pictures))  # (b, V, 3, S, S) normalised -> (b, C) in [0, 1]
 
     @torch.no_grad()
     def scores(self, images):  # b uint8 tensors (3, H, W) -> (b, C) float32 in [0, 1]
@@ -75,38 +96,53 @@ class Scorer(nn.Module):
 # %% ../nbs/09c_scorers.ipynb #189aee65
 class WholeScorer(Scorer):
     "Softmax of the whole picture"
-    def look(self): return Eyes(self.clip, None, 0)
-    def read(self, embeddings): return similarities(embeddings[:, 0], self.prototypes, self.recipe.temperature)
+
+    def look(self):
+        return Eyes(self.clip, None, 0)
+
+    def read(self, embeddings):
+        return similarities(embeddings[:, 0], self.prototypes, self.recipe.temperature)
+
 
 class ViewsScorer(Scorer):
     "Mean over the softmax of the views"
-    def read(self, embeddings): return similarities(embeddings, self.prototypes, self.recipe.temperature).mean(1)
+
+    def read(self, embeddings):
+        return similarities(embeddings, self.prototypes, self.recipe.temperature).mean(1)
+
 
 class DampScorer(Scorer):
     "DAMP's final score where nothing is observed"
+
     noise = True
 
     @property
-    def temperature(self): return self.recipe.temperature
+    def temperature(self):
+        return self.recipe.temperature
 
     def read(self, embeddings):
         probs = similarities(embeddings, self.prototypes, self.temperature)
         whole, nothing = probs[:, 0], torch.zeros_like(probs[:, 0])
         threshold = local_threshold(whole, nothing, self.recipe.local_threshold)  # 0
-        return (whole + aggregate(probs[:, 1:], threshold, self.recipe.strict_local)) / 2  # `damp(...).final`, without its labels
+        return (
+            whole + aggregate(probs[:, 1:], threshold, self.recipe.strict_local)
+        ) / 2  # `damp(...).final`, without its labels
+
 
 class TokensScorer(DampScorer):
     "DAMP's final score, with dense tokens as patches"
+
     tokens, noise = True, False
 
     @property
-    def temperature(self): return self.recipe.token_temperature
+    def temperature(self):
+        return self.recipe.token_temperature
 
 # %% ../nbs/09c_scorers.ipynb #c9e8486e
 def gaussians(
     tokens,  # (n, K) unit norm, n >= 2
-    probs,   # (n, C) their class probabilities; the largest says whose they are
-    text,    # (C, K) prototypes, the means of classes without a token
+    probs,  # (n, C) their class probabilities; the largest says whose they are
+    text,  # (C, K) prototypes, the means of classes without a token
 ) -> tuple:  # weight (K, C), bias (C,): float32
     "A linear classifier from one Gaussian a class with a common, shrunk covariance"
     tokens, probs, means, won = tokens.double(), probs.double(), text.double().clone(), probs.argmax(1)
@@ -120,34 +156,42 @@ def gaussians(
     weight = width * torch.linalg.pinv(shrunk, hermitian=True) @ means.T
     return weight.float(), (-(means * weight.T).sum(1) / 2 - np.log(len(means))).float()
 
+
 def surest(
-    tokens, probs,  # (n, K), (n, C)
-    most: int,      # of a class
-) -> tuple:         # tokens and probabilities, fewer
+    tokens,
+    probs,  # (n, K), (n, C)
+    most: int,  # of a class
+) -> tuple:  # tokens and probabilities, fewer
     "Of each class the tokens that it wins with the least entropy"
     entropy, won = -(probs * probs.clamp(min=1e-10).log()).sum(1), probs.argmax(1)
     order = entropy.argsort(stable=True)
     chosen = torch.cat([order[won[order] == c][:most] for c in won.unique()])
     return tokens[chosen], probs[chosen]
 
+
 class PiaaScorer(Scorer):
     "PIAA: Gaussians of the surest tokens of the training pictures"
-    tokens, kept = True, ('prototypes', 'weight', 'bias')
 
-    def __init__(self, class_names, recipe, device='cpu'):
+    tokens, kept = True, ("prototypes", "weight", "bias")
+
+    def __init__(self, class_names, recipe, device="cpu"):
         super().__init__(class_names, recipe, device)
-        self.register_buffer('weight', torch.zeros(*self.prototypes.T.shape, device=self.prototypes.device))
-        self.register_buffer('bias', torch.zeros(len(self.prototypes), device=self.prototypes.device))
+        self.register_buffer("weight", torch.zeros(*self.prototypes.T.shape, device=self.prototypes.device))
+        self.register_buffer("bias", torch.zeros(len(self.prototypes), device=self.prototypes.device))
 
     @torch.no_grad()
     def fit(self, data, bank_root=None):
         device, r = self.clip.device, self.recipe
         tokens, probs = (torch.empty(0, n, device=device) for n in self.prototypes.T.shape)
-        for e in self.eyes.split(data, 'train', bank_root):
+        for e in self.eyes.split(data, "train", bank_root):
             new = e[:, 1:].to(device).float().flatten(0, 1)
-            both = torch.cat([tokens, new]), torch.cat([probs, similarities(new, self.prototypes, 1 / r.piaa_sharpness)])
+            both = (
+                torch.cat([tokens, new]),
+                torch.cat([probs, similarities(new, self.prototypes, 1 / r.piaa_sharpness)]),
+            )
             tokens, probs = surest(*both, r.piaa_tokens)
-        if len(tokens) < 2: raise AevlpError(f"{data.name}: PIAA fits Gaussians to the training pictures, and there are none.")
+        if len(tokens) < 2:
+            raise AevlpError(f"{data.name}: PIAA fits Gaussians to the training pictures, and there are none.")
         self.weight, self.bias = gaussians(tokens, probs, self.prototypes)
         return self
 
@@ -158,68 +202,101 @@ class PiaaScorer(Scorer):
         return (1 - r.piaa_weight) * whole + r.piaa_weight * (r.piaa_local * local).softmax(-1)
 
 # %% ../nbs/09c_scorers.ipynb #aae7a6ff
-SCORERS = {'clip': WholeScorer, 'clip-views': ViewsScorer, 'clip-damp': DampScorer, 'clip-tokens': TokensScorer, 'clip-piaa': PiaaScorer}
+SCORERS = {
+    "clip": WholeScorer,
+    "clip-views": ViewsScorer,
+    "clip-damp": DampScorer,
+    "clip-tokens": TokensScorer,
+    "clip-piaa": PiaaScorer,
+}
 
-def build_scorer(name,           # a key of `SCORERS`
-                 class_names,    # C
-                 recipe,         # which CLIP, which views or tokens, temperatures
-                 device='cpu') -> Scorer:
+
+def build_scorer(
+    name,  # a key of `SCORERS`
+    class_names,  # C
+    recipe,  # which CLIP, which views or tokens, temperatures
+    device="cpu",
+) -> Scorer:
     "The scorer of that name; its own goes into `SCORERS` too"
-    if name not in SCORERS: raise AevlpError(f"no scorer is called '{name}'; the nearest is '{nearest(name, SCORERS)}'.")
+    if name not in SCORERS:
+        raise AevlpError(f"no scorer is called '{name}'; the nearest is '{nearest(name, SCORERS)}'.")
     return SCORERS[name](class_names, recipe, device).eval()
 
-def split_scores(data: LabelledImages,
-                 split,            # 'train', 'val' or 'test'
-                 name,             # a key of `SCORERS`
-                 recipe,
-                 device='cpu',
-                 bank_root=None):  # folder of banks; None = the usual one, False = no bank
+
+def split_scores(
+    data: LabelledImages,
+    split,  # 'train', 'val' or 'test'
+    name,  # a key of `SCORERS`
+    recipe,
+    device="cpu",
+    bank_root=None,
+):  # folder of banks; None = the usual one, False = no bank
     "What CLIP says of a split, (n, C) float32 in [0, 1], in the order of its ids"
     return build_scorer(name, data.class_names, recipe, device).fit(data, bank_root).over(data, split, bank_root)
 
 # %% ../nbs/09c_scorers.ipynb #f57361c7
-FUSION_WEIGHTS = (0.25, 0.5, 1., 2., 4.)
+FUSION_WEIGHTS = (0.25, 0.5, 1.0, 2.0, 4.0)
+
 
 def _logit(probs):
     p = np.clip(np.asarray(probs, np.float64), 1e-6, 1 - 1e-6)
     return np.log(p) - np.log1p(-p)
 
-def fuse(probs,       # (n, C) of a classifier, in [0, 1]
-         clip_probs,  # (n, C) of a scorer
-         weight):     # w
+
+def fuse(
+    probs,  # (n, C) of a classifier, in [0, 1]
+    clip_probs,  # (n, C) of a scorer
+    weight,
+):  # w
     "Both opinions as one, (n, C) float32 in [0, 1]"
     return (1 / (1 + np.exp(-_logit(probs) - weight * _logit(clip_probs)))).astype(np.float32)
 
-def mean_ap(probs, truth, empty=0.):  # (n, C) each, truth -1 = unknown; AP of a class without positives, NaN leaves it out
+
+def mean_ap(
+    probs, truth, empty=0.0
+):  # (n, C) each, truth -1 = unknown; AP of a class without positives, NaN leaves it out
     "mAP in percent over the classes of which anything is known; None where nothing is"
     known = (np.asarray(truth) >= 0).any(0)
     found = average_precision(torch.as_tensor(probs), torch.as_tensor(truth), empty)[torch.as_tensor(known)]
     return None if found.isnan().all() else float(100 * found.nanmean())
 
-def fusion_weight(probs, clip_probs,  # (n, C) of the validation pictures that are wholly labelled
-                  targets) -> float:  # (n, C) in {0, 1}
+
+def fusion_weight(
+    probs,
+    clip_probs,  # (n, C) of the validation pictures that are wholly labelled
+    targets,
+) -> float:  # (n, C) in {0, 1}
     "The weight with the highest mAP; 1 where there is no picture, and where none is better"
-    if not len(probs): return 1.
+    if not len(probs):
+        return 1.0
     found = {w: mean_ap(fuse(probs, clip_probs, w), targets) for w in FUSION_WEIGHTS}
-    return 1. if found[1.] == max(found.values()) else max(found, key=found.get)
+    return 1.0 if found[1.0] == max(found.values()) else max(found, key=found.get)
 
 # %% ../nbs/09c_scorers.ipynb #e92f143e
-def beside_clip(data: LabelledImages,
-                probs: dict,       # {'test', 'val': (n, C)} of a classifier
-                name,              # a key of `SCORERS`
-                recipe,
-                device='cpu',
-                bank_root=None) -> tuple:  # numbers of metrics.json, arrays of `clip.npz`
+def beside_clip(
+    data: LabelledImages,
+    probs: dict,  # {'test', 'val': (n, C)} of a classifier
+    name,  # a key of `SCORERS`
+    recipe,
+    device="cpu",
+    bank_root=None,
+) -> tuple:  # numbers of metrics.json, arrays of `clip.npz`
     "What CLIP says of the pictures that a classifier has seen, and both opinions together"
     scorer = build_scorer(name, data.class_names, recipe, device).fit(data, bank_root)
     clip = {split: scorer.over(data, split, bank_root) for split in probs}
-    clean = np.flatnonzero(data.clean('val'))
+    clean = np.flatnonzero(data.clean("val"))
     every = np.full_like(data.observed, -1) if data.truth is None else data.truth
     truth = {split: every[data.splits.get(split, np.empty(0, np.int64))] for split in probs}
-    weight = fusion_weight(probs['val'][clean], clip['val'][clean], truth['val'][clean])
-    score = lambda p, split: mean_ap(p, truth[split], np.nan if data.own else 0.)
+    weight = fusion_weight(probs["val"][clean], clip["val"][clean], truth["val"][clean])
+
+    def score(p, split):
+        return mean_ap(p, truth[split], np.nan if data.own else 0.0)
+
     numbers = dict(with_clip=name, fusion_weight=weight)
     for split, p in probs.items():
-        numbers |= {f'clip_{split}_map': score(clip[split], split), f'fused_{split}_map': score(fuse(p, clip[split], weight), split)}
-    arrays = dict(scorer=name, weight=weight, probs=clip['test'], val_probs=clip['val'])
-    return numbers, arrays | {f'scorer_{k}': v.numpy() for k, v in scorer.weights().items()}
+        numbers |= {
+            f"clip_{split}_map": score(clip[split], split),
+            f"fused_{split}_map": score(fuse(p, clip[split], weight), split),
+        }
+    arrays = dict(scorer=name, weight=weight, probs=clip["test"], val_probs=clip["val"])
+    return numbers, arrays | {f"scorer_{k}": v.numpy() for k, v in scorer.weights().items()}

@@ -22,109 +22,139 @@ from fastcore.basics import patch
 from sklearn.decomposition import PCA
 
 from .damp import damp
-from .data import AevlpError, LabelledImages, home, replacing
-from .outcome import class_thresholds, thresholds
-from .metrics import average_precision
+from .data import AevlpError, home, replacing
 from .eyes import Eyes, clip_of, open_bank, prototypes, view_settings
+from .metrics import average_precision
+from .outcome import class_thresholds, thresholds
 from .train import load_run, predict
 from .vlm import similarities
 
 # %% ../nbs/15a_table.ipynb #d1cb4deb
-JUDGES = {'model': 'the trained model', 'damp': 'DAMP', 'clip': 'CLIP, whole picture'}
+JUDGES = {"model": "the trained model", "damp": "DAMP", "clip": "CLIP, whole picture"}
 
 
 @dataclass(frozen=True)
 class Table:
     "What is known of every picture of a split, in the order of the split."
-    split: str
-    ids: np.ndarray # (n,) int64, positions in the data set
-    names: np.ndarray # (n,) str, file names below the folder of pictures
-    class_names: tuple # C names
-    given: np.ndarray # (n,C) int8: 1 given positive, -1 given negative, 0 nothing
-    truth: np.ndarray # (n,C) int8: 1 there, 0 not there, -1 unknown
-    scores: dict # judge -> (n,C) float32 in [0,1]
-    labels: dict # judge -> (n,C) int8 in {-1,0,1}
-    thresholds: dict # judge -> (C,) float32, from where on it says yes
-    place: np.ndarray # (n,2) float32: the picture on the map of embeddings
-    positive: np.ndarray # (n,C) int16: in how many epochs of the run it was a positive pseudo-label
-    epochs: int = 0 # of the run, 0 without one or outside its training split
-    key: dict = field(default_factory=dict) # what it was computed from
 
-    def __len__(self): return len(self.ids)
+    split: str
+    ids: np.ndarray  # (n,) int64, positions in the data set
+    names: np.ndarray  # (n,) str, file names below the folder of pictures
+    class_names: tuple  # C names
+    given: np.ndarray  # (n,C) int8: 1 given positive, -1 given negative, 0 nothing
+    truth: np.ndarray  # (n,C) int8: 1 there, 0 not there, -1 unknown
+    scores: dict  # judge -> (n,C) float32 in [0,1]
+    labels: dict  # judge -> (n,C) int8 in {-1,0,1}
+    thresholds: dict  # judge -> (C,) float32, from where on it says yes
+    place: np.ndarray  # (n,2) float32: the picture on the map of embeddings
+    positive: np.ndarray  # (n,C) int16: in how many epochs of the run it was a positive pseudo-label
+    epochs: int = 0  # of the run, 0 without one or outside its training split
+    key: dict = field(default_factory=dict)  # what it was computed from
+
+    def __len__(self):
+        return len(self.ids)
 
     @property
-    def judges(self): return [j for j in JUDGES if j in self.scores]
+    def judges(self):
+        return [j for j in JUDGES if j in self.scores]
 
     @cached_property
-    def known(self): # (n,C) bool: the truth is known, or a label was given
+    def known(self):  # (n,C) bool: the truth is known, or a label was given
         return (self.truth >= 0) | (self.given != 0)
 
     @cached_property
-    def label(self): # (n,C) bool: there, as far as known: the truth, else what is given
+    def label(self):  # (n,C) bool: there, as far as known: the truth, else what is given
         return np.where(self.truth >= 0, self.truth == 1, self.given == 1)
 
     @cached_property
-    def has_truth(self): return bool((self.truth >= 0).any())
+    def has_truth(self):
+        return bool((self.truth >= 0).any())
 
     @cached_property
-    def _lower(self): return np.array([n.lower() for n in self.names], dtype=object)
+    def _lower(self):
+        return np.array([n.lower() for n in self.names], dtype=object)
 
 # %% ../nbs/15a_table.ipynb #3c71b7ad
 @patch
-def says(self:Table,
-    judge, # a name of `judges`
-) -> np.ndarray: # (n,C) bool; DAMP adds to what is given
+def says(
+    self: Table,
+    judge,  # a name of `judges`
+) -> np.ndarray:  # (n,C) bool; DAMP adds to what is given
     "Where a judge says that the class is there."
     found = self.labels[judge] == 1
-    return found | (self.given == 1) if judge == 'damp' else found
+    return found | (self.given == 1) if judge == "damp" else found
 
 # %% ../nbs/15a_table.ipynb #12b77618
-VERDICTS = { # name: (needs the truth, what it means)
-    'all': (False, 'every picture of the split'),
-    'has the class': (False, 'the class is there: the truth, or the given label where the truth is unknown'),
-    'says yes': (False, 'the judge says that the class is there'),
-    'false positive': (True, 'the judge says yes, but the class is not there'),
-    'false negative': (True, 'the class is there, but the judge says no'),
-    'confident and wrong': (True, 'a false positive far above the threshold, or a false negative far below it'),
-    'right': (True, 'the judge says yes, and the class is there and was not given'),
-    'CLIP and model disagree': (False, 'one of DAMP and the trained model says yes, the other no'),
-    'moved between epochs': (False, 'a positive pseudo-label in some epochs of the run, but not in all'),
+VERDICTS = {  # name: (needs the truth, what it means)
+    "all": (False, "every picture of the split"),
+    "has the class": (False, "the class is there: the truth, or the given label where the truth is unknown"),
+    "says yes": (False, "the judge says that the class is there"),
+    "false positive": (True, "the judge says yes, but the class is not there"),
+    "false negative": (True, "the class is there, but the judge says no"),
+    "confident and wrong": (True, "a false positive far above the threshold, or a false negative far below it"),
+    "right": (True, "the judge says yes, and the class is there and was not given"),
+    "CLIP and model disagree": (False, "one of DAMP and the trained model says yes, the other no"),
+    "moved between epochs": (False, "a positive pseudo-label in some epochs of the run, but not in all"),
 }
 
 
 @patch
-def possible(self:Table) -> list: # names of `VERDICTS`
+def possible(self: Table) -> list:  # names of `VERDICTS`
     "The verdicts that this table can answer."
-    off = set() if 'model' in self.scores else {'CLIP and model disagree'}
-    if self.epochs < 2: off.add('moved between epochs')
+    off = set() if "model" in self.scores else {"CLIP and model disagree"}
+    if self.epochs < 2:
+        off.add("moved between epochs")
     return [v for v, (truth, _) in VERDICTS.items() if v not in off and (self.has_truth or not truth)]
 
 # %% ../nbs/15a_table.ipynb #8d5fd18a
 @patch
-def where(self:Table,
-    verdict, # one of `possible()`, not 'all'
-    judge, # one of `judges`
-) -> np.ndarray: # (n,C) bool
+def where(
+    self: Table,
+    verdict,  # one of `possible()`, not 'all'
+    judge,  # one of `judges`
+) -> np.ndarray:  # (n,C) bool
     "The classes of each picture that a verdict is about."
-    if verdict not in VERDICTS: raise AevlpError(f'no verdict is called {verdict!r}; known are {", ".join(VERDICTS)}')
+    if verdict not in VERDICTS:
+        raise AevlpError(f"no verdict is called {verdict!r}; known are {', '.join(VERDICTS)}")
     if verdict not in self.possible():
-        need = 'the truth, which is unknown here' if VERDICTS[verdict][0] else 'a run: its model, its pseudo-labels'
-        raise AevlpError(f'{verdict!r} needs {need}')
-    if verdict == 'has the class': return self.label
-    if verdict == 'CLIP and model disagree': return self.says('damp') != self.says('model')
-    if verdict == 'moved between epochs': return (self.positive > 0) & (self.positive < self.epochs)
+        need = "the truth, which is unknown here" if VERDICTS[verdict][0] else "a run: its model, its pseudo-labels"
+        raise AevlpError(f"{verdict!r} needs {need}")
+    if verdict == "has the class":
+        return self.label
+    if verdict == "CLIP and model disagree":
+        return self.says("damp") != self.says("model")
+    if verdict == "moved between epochs":
+        return (self.positive > 0) & (self.positive < self.epochs)
     yes = self.says(judge)
-    if verdict == 'says yes': return yes
-    if verdict == 'right': return yes & (self.truth == 1) & (self.given != 1)
+    if verdict == "says yes":
+        return yes
+    if verdict == "right":
+        return yes & (self.truth == 1) & (self.given != 1)
     false_positive, false_negative = yes & (self.truth == 0), ~yes & (self.truth == 1)
-    if verdict == 'false positive': return false_positive
-    if verdict == 'false negative': return false_negative
+    if verdict == "false positive":
+        return false_positive
+    if verdict == "false negative":
+        return false_negative
     score, cut = self.scores[judge], self.thresholds[judge]
     return (false_positive & (score >= (1 + cut) / 2)) | (false_negative & (score <= cut / 2))
 
 # %% ../nbs/15a_table.ipynb #20a1f5f5
-COLUMNS = ('position', 'name', 'score', 'clip score', 'DAMP score', 'model score', 'given', 'true', 'uncertainty',
-           'loss', 'agreement', 'moved', 'wrong', 'suspicion')
+COLUMNS = (
+    "position",
+    "name",
+    "score",
+    "clip score",
+    "DAMP score",
+    "model score",
+    "given",
+    "true",
+    "uncertainty",
+    "loss",
+    "agreement",
+    "moved",
+    "wrong",
+    "suspicion",
+)
 
 
 def _entropy(p):
@@ -133,69 +163,89 @@ def _entropy(p):
 
 
 @patch
-def _mean_known(self:Table, values, c):
+def _mean_known(self: Table, values, c):
     "(n,) mean over the known classes; NaN where none is."
     known = self.known[:, c]
     return np.divide((values * known).sum(1), known.sum(1), out=np.full(len(self), np.nan), where=known.any(1))
 
 # %% ../nbs/15a_table.ipynb #1dfe933e
 @patch
-def column(self:Table,
-    name, # one of `COLUMNS`
-    judge, # one of `judges`
-    class_name=None, # of this class alone
-) -> np.ndarray: # (n,) float, or str for 'name'
+def column(
+    self: Table,
+    name,  # one of `COLUMNS`
+    judge,  # one of `judges`
+    class_name=None,  # of this class alone
+) -> np.ndarray:  # (n,) float, or str for 'name'
     "One column; not a number where it says nothing."
     c = slice(None) if class_name is None else [self.index(class_name)]
     nothing, p = np.full(len(self), np.nan), self.scores[judge][:, c]
-    of = {'score': judge, 'clip score': 'clip', 'DAMP score': 'damp', 'model score': 'model'}.get(name)
-    if of: return self.scores[of][:, c].max(1) if of in self.scores else nothing
-    if name == 'position': return np.arange(len(self))
-    if name == 'name': return self._lower
-    if name == 'given': return (self.given[:, c] == 1).sum(1)
-    if name == 'true': return np.where((self.truth[:, c] >= 0).any(1), (self.truth[:, c] == 1).sum(1), np.nan)
-    if name == 'uncertainty': return _entropy(p).mean(1)
-    if name == 'loss': return self._mean_known(-np.log(np.where(self.label[:, c], p, 1 - p).clip(1e-7, 1)), c)
-    if name == 'suspicion': return self.suspicion(judge)[:, c].max(1)
-    if name == 'moved': return self.where('moved between epochs', judge)[:, c].sum(1) if self.epochs > 1 else nothing
-    if name == 'wrong':
-        if not self.has_truth: return nothing
-        return (self.where('false positive', judge)[:, c] | self.where('false negative', judge)[:, c]).sum(1)
-    if name != 'agreement': raise AevlpError(f'there is no column {name!r}; choose one of {", ".join(COLUMNS)}')
-    if 'model' not in self.scores: return nothing
-    one, other = self.says('damp')[:, c], self.says('model')[:, c]
+    of = {"score": judge, "clip score": "clip", "DAMP score": "damp", "model score": "model"}.get(name)
+    if of:
+        return self.scores[of][:, c].max(1) if of in self.scores else nothing
+    if name == "position":
+        return np.arange(len(self))
+    if name == "name":
+        return self._lower
+    if name == "given":
+        return (self.given[:, c] == 1).sum(1)
+    if name == "true":
+        return np.where((self.truth[:, c] >= 0).any(1), (self.truth[:, c] == 1).sum(1), np.nan)
+    if name == "uncertainty":
+        return _entropy(p).mean(1)
+    if name == "loss":
+        return self._mean_known(-np.log(np.where(self.label[:, c], p, 1 - p).clip(1e-7, 1)), c)
+    if name == "suspicion":
+        return self.suspicion(judge)[:, c].max(1)
+    if name == "moved":
+        return self.where("moved between epochs", judge)[:, c].sum(1) if self.epochs > 1 else nothing
+    if name == "wrong":
+        if not self.has_truth:
+            return nothing
+        return (self.where("false positive", judge)[:, c] | self.where("false negative", judge)[:, c]).sum(1)
+    if name != "agreement":
+        raise AevlpError(f"there is no column {name!r}; choose one of {', '.join(COLUMNS)}")
+    if "model" not in self.scores:
+        return nothing
+    one, other = self.says("damp")[:, c], self.says("model")[:, c]
     either = (one | other).sum(1)
-    return np.where(either, (one & other).sum(1) / np.maximum(either, 1), 1.)
+    return np.where(either, (one & other).sum(1) / np.maximum(either, 1), 1.0)
 
 
 @patch
-def index(self:Table, class_name):
+def index(self: Table, class_name):
     "The number of a class."
-    if class_name not in self.class_names: raise AevlpError(f'there is no class {class_name!r} in this table')
+    if class_name not in self.class_names:
+        raise AevlpError(f"there is no class {class_name!r} in this table")
     return list(self.class_names).index(class_name)
 
 # %% ../nbs/15a_table.ipynb #0578ba6e
 @patch
-def frame(self:Table,
-    judge=None, # one of `judges`; default the first there is
-) -> pd.DataFrame: # one row a picture, in the order of the split
+def frame(
+    self: Table,
+    judge=None,  # one of `judges`; default the first there is
+) -> pd.DataFrame:  # one row a picture, in the order of the split
     "The columns of every picture."
     judge = judge or self.judges[0]
-    out = pd.DataFrame({'id': self.ids, 'name': self.names} | {c: self.column(c, judge) for c in COLUMNS[2:]})
-    return out.dropna(axis=1, how='all')
+    out = pd.DataFrame({"id": self.ids, "name": self.names} | {c: self.column(c, judge) for c in COLUMNS[2:]})
+    return out.dropna(axis=1, how="all")
 
 # %% ../nbs/15a_table.ipynb #5796a825
 @patch
-def suspicion(self:Table,
-    judge, # one of `judges`
-) -> np.ndarray: # (n,C) float32 in [0,1]; 0 = nothing speaks against the label
+def suspicion(
+    self: Table,
+    judge,  # one of `judges`
+) -> np.ndarray:  # (n,C) float32 in [0,1]; 0 = nothing speaks against the label
     "How strongly a judge contradicts what is known."
-    cache = self.__dict__.setdefault('_suspicion', {})
-    if judge in cache: return cache[judge]
+    cache = self.__dict__.setdefault("_suspicion", {})
+    if judge in cache:
+        return cache[judge]
     p, inside = self.scores[judge], self.label
     n = inside.sum(0)
     enough = (n > 1) & (len(p) - n > 1)
-    mean = lambda of: np.divide((p * of).sum(0), of.sum(0), out=np.zeros(p.shape[1]), where=enough)
+
+    def mean(of):
+        return np.divide((p * of).sum(0), of.sum(0), out=np.zeros(p.shape[1]), where=enough)
+
     usual, rest = mean(inside), mean(~inside)
     enough &= usual > rest
     middle = (usual + rest) / 2
@@ -205,246 +255,315 @@ def suspicion(self:Table,
 
 
 @patch
-def errors(self:Table,
-    judge, # one of `judges`
-    most=500, # rows at most
-) -> pd.DataFrame: # row, name, class, kind, score, suspicion; the most suspicious first
+def errors(
+    self: Table,
+    judge,  # one of `judges`
+    most=500,  # rows at most
+) -> pd.DataFrame:  # row, name, class, kind, score, suspicion; the most suspicious first
     "A ranked list of labels that are probably wrong."
     found = self.suspicion(judge)
     flat = found.ravel()
     first = np.flatnonzero(flat > 0)
-    if len(first) > most: first = first[np.argpartition(-flat[first], most)[:most]]
-    first = first[np.argsort(-flat[first], kind='stable')]
+    if len(first) > most:
+        first = first[np.argpartition(-flat[first], most)[:most]]
+    first = first[np.argsort(-flat[first], kind="stable")]
     row, c = np.unravel_index(first, found.shape)
-    return pd.DataFrame({'row': row, 'name': self.names[row], 'class': np.array(self.class_names, dtype=object)[c],
-                         'kind': np.where(self.label[row, c], 'probably not there', 'probably missing'),
-                         'score': self.scores[judge][row, c], 'suspicion': flat[first]})
+    return pd.DataFrame(
+        {
+            "row": row,
+            "name": self.names[row],
+            "class": np.array(self.class_names, dtype=object)[c],
+            "kind": np.where(self.label[row, c], "probably not there", "probably missing"),
+            "score": self.scores[judge][row, c],
+            "suspicion": flat[first],
+        }
+    )
 
 # %% ../nbs/15a_table.ipynb #3bddc8eb
 @dataclass(frozen=True)
 class Query:
     "Which pictures, in which order."
-    judge: str = 'damp' # who judges
-    verdict: str = 'all' # one of `VERDICTS`
-    class_name: str = None # of this class alone
-    text: str = '' # part of the file name
-    sort: str = 'position' # one of `COLUMNS`
-    falling: bool = False # the highest first
-    pair: tuple = None # (kind, class, class): a cell of a matrix
-    chosen: tuple = None # rows that a lasso caught
+
+    judge: str = "damp"  # who judges
+    verdict: str = "all"  # one of `VERDICTS`
+    class_name: str = None  # of this class alone
+    text: str = ""  # part of the file name
+    sort: str = "position"  # one of `COLUMNS`
+    falling: bool = False  # the highest first
+    pair: tuple = None  # (kind, class, class): a cell of a matrix
+    chosen: tuple = None  # rows that a lasso caught
 
 
 @patch
-def find(self:Table,
-    query, # a `Query`
-) -> np.ndarray: # (m,) rows, in the order asked for
+def find(
+    self: Table,
+    query,  # a `Query`
+) -> np.ndarray:  # (m,) rows, in the order asked for
     "The pictures that a query lets through."
     hit = np.ones(len(self), bool)
-    if query.verdict != 'all':
+    if query.verdict != "all":
         cells = self.where(query.verdict, query.judge)
         hit &= cells.any(1) if query.class_name is None else cells[:, self.index(query.class_name)]
-    if query.text: hit &= np.array([query.text.lower() in n for n in self._lower])
-    if query.pair: hit &= self.pair(*query.pair, judge=query.judge)
-    if query.chosen is not None: hit &= np.isin(np.arange(len(self)), query.chosen)
+    if query.text:
+        hit &= np.array([query.text.lower() in n for n in self._lower])
+    if query.pair:
+        hit &= self.pair(*query.pair, judge=query.judge)
+    if query.chosen is not None:
+        hit &= np.isin(np.arange(len(self)), query.chosen)
     rows = np.flatnonzero(hit)
-    if query.sort == 'position': return rows[::-1] if query.falling else rows
+    if query.sort == "position":
+        return rows[::-1] if query.falling else rows
     values = self.column(query.sort, query.judge, query.class_name)[rows]
     if values.dtype == object:
-        order = np.argsort(values.astype(str), kind='stable')
+        order = np.argsort(values.astype(str), kind="stable")
         return rows[order[::-1] if query.falling else order]
     values = values.astype(float)
     return rows[np.lexsort((rows, -values if query.falling else values, np.isnan(values)))]
 
 # %% ../nbs/15a_table.ipynb #517198df
-MATRICES = {'said together': 'both are said by the judge', 'known together': 'both are there, as far as is known',
-            'confused': 'the first is there and is missed, the second is said though it is not there'}
+MATRICES = {
+    "said together": "both are said by the judge",
+    "known together": "both are there, as far as is known",
+    "confused": "the first is there and is missed, the second is said though it is not there",
+}
 
 
 @patch
-def _sides(self:Table, kind, judge):
+def _sides(self: Table, kind, judge):
     "Two (n,C) masks: what the rows and the columns of a matrix stand for."
-    if kind not in MATRICES: raise AevlpError(f'there is no matrix {kind!r}; choose one of {", ".join(MATRICES)}')
-    if kind == 'confused': return self.where('false negative', judge), self.where('false positive', judge)
-    one = self.says(judge) if kind == 'said together' else self.label
+    if kind not in MATRICES:
+        raise AevlpError(f"there is no matrix {kind!r}; choose one of {', '.join(MATRICES)}")
+    if kind == "confused":
+        return self.where("false negative", judge), self.where("false positive", judge)
+    one = self.says(judge) if kind == "said together" else self.label
     return one, one
 
 
 @patch
-def matrix(self:Table,
-    kind, # a name of `MATRICES`
-    judge, # one of `judges`
-) -> np.ndarray: # (C,C) int, pictures
+def matrix(
+    self: Table,
+    kind,  # a name of `MATRICES`
+    judge,  # one of `judges`
+) -> np.ndarray:  # (C,C) int, pictures
     "How often classes meet."
     rows, columns = self._sides(kind, judge)
     return (rows.T.astype(np.float32) @ columns.astype(np.float32)).round().astype(int)
 
 
 @patch
-def pair(self:Table, kind, first, second, judge) -> np.ndarray: # (n,) bool
+def pair(self: Table, kind, first, second, judge) -> np.ndarray:  # (n,) bool
     "The pictures of a cell."
     rows, columns = self._sides(kind, judge)
     return rows[:, self.index(first)] & columns[:, self.index(second)]
 
 # %% ../nbs/15a_table.ipynb #77d44edc
 @patch
-def classes(self:Table,
-    judge, # one of `judges`
-) -> pd.DataFrame: # one row a class
+def classes(
+    self: Table,
+    judge,  # one of `judges`
+) -> pd.DataFrame:  # one row a class
     "Counts, and precision and recall where the truth is known, of every class."
     yes, given = self.says(judge), self.given == 1
-    out = pd.DataFrame({'class': self.class_names, 'given': given.sum(0), 'said': yes.sum(0),
-                        'suspicious': (self.suspicion(judge) > 0.5).sum(0)})
+    out = pd.DataFrame(
+        {
+            "class": self.class_names,
+            "given": given.sum(0),
+            "said": yes.sum(0),
+            "suspicious": (self.suspicion(judge) > 0.5).sum(0),
+        }
+    )
     if self.has_truth:
         known, true = self.truth >= 0, self.truth == 1
-        ratio = lambda part, whole: np.divide(part, whole, out=np.full(len(part), np.nan), where=whole > 0)
+
+        def ratio(part, whole):
+            return np.divide(part, whole, out=np.full(len(part), np.nan), where=whole > 0)
+
         hit = (yes & true).sum(0)
-        out['there'] = true.sum(0)
-        out['precision'], out['recall'] = ratio(hit, (yes & known).sum(0)), ratio(hit, true.sum(0))
-        one = lambda c, k: float(average_precision(self.scores[judge][k, c:c + 1], true[k, c:c + 1], np.nan))
-        out['AP'] = [one(c, k) if k.any() else np.nan for c, k in enumerate(known.T)]
-        wrong = self.matrix('confused', judge)
+        out["there"] = true.sum(0)
+        out["precision"], out["recall"] = ratio(hit, (yes & known).sum(0)), ratio(hit, true.sum(0))
+
+        def one(c, k):
+            return float(average_precision(self.scores[judge][k, c : c + 1], true[k, c : c + 1], np.nan))
+
+        out["AP"] = [one(c, k) if k.any() else np.nan for c, k in enumerate(known.T)]
+        wrong = self.matrix("confused", judge)
         np.fill_diagonal(wrong, 0)
-        out['confused with'] = [self.class_names[w.argmax()] if w.any() else '' for w in wrong]
+        out["confused with"] = [self.class_names[w.argmax()] if w.any() else "" for w in wrong]
     return out
 
 # %% ../nbs/15a_table.ipynb #31c2b868
-FORMAT = 1 # of the file
-FEW = 16 # pictures through CLIP between two reports
+FORMAT = 1  # of the file
+FEW = 16  # pictures through CLIP between two reports
 
 
 class Cancelled(Exception):
     "The user does not want to wait."
 
 
-def _quiet(done, total, what): "Nobody listens."
+def _quiet(done, total, what):
+    "Nobody listens."
 
 
 def pseudo_labels(
-    probs, # (B,1+R,C) class probabilities of views
-    observed, # (B,C)
-    recipe, # thresholds
-): # `DampScores`
+    probs,  # (B,1+R,C) class probabilities of views
+    observed,  # (B,C)
+    recipe,  # thresholds
+):  # `DampScores`
     "DAMP as a recipe sets it."
-    return damp(probs, observed, local_threshold=recipe.local_threshold, global_threshold=recipe.global_threshold,
-                top_k=recipe.top_k, negative_ratio=recipe.negative_ratio, strict=recipe.strict_local,
-                rule=recipe.negative_rule, negatives_as=recipe.negatives_as)
+    return damp(
+        probs,
+        observed,
+        local_threshold=recipe.local_threshold,
+        global_threshold=recipe.global_threshold,
+        top_k=recipe.top_k,
+        negative_ratio=recipe.negative_ratio,
+        strict=recipe.strict_local,
+        rule=recipe.negative_rule,
+        negatives_as=recipe.negatives_as,
+    )
 
 # %% ../nbs/15a_table.ipynb #a95cc361
 def damp_columns(
-    embeddings, # iterable of (b,1+R,K) float16, in the order of the split
-    given, # (n,C) int8
-    words, # (C,K) prototypes
-    recipe, # thresholds and temperature
-    heard=lambda done: None, # told the number of pictures done
-) -> tuple: # scores {'clip','damp'} (n,C) float32, labels (n,C) int8 likewise, whole views (n,K) float32
+    embeddings,  # iterable of (b,1+R,K) float16, in the order of the split
+    given,  # (n,C) int8
+    words,  # (C,K) prototypes
+    recipe,  # thresholds and temperature
+    heard=lambda done: None,  # told the number of pictures done
+) -> tuple:  # scores {'clip','damp'} (n,C) float32, labels (n,C) int8 likewise, whole views (n,K) float32
     "CLIP's and DAMP's part of the table."
     parts, at = [], 0
     for e in embeddings:
         e = e.to(words.device).float()
-        seen = torch.from_numpy(given[at:at + len(e)]).to(words.device)
+        seen = torch.from_numpy(given[at : at + len(e)]).to(words.device)
         found = pseudo_labels(similarities(e, words, recipe.temperature), seen, recipe)
         parts.append([v.cpu().numpy() for v in (found.global_probs, found.final, found.pseudo.to(torch.int8), e[:, 0])])
         at += len(e)
         heard(at)
     clip, final, pseudo, whole = (np.concatenate(p) for p in zip(*parts))
     yes = (clip >= recipe.global_threshold).astype(np.int8)
-    return {'clip': clip, 'damp': final}, {'clip': yes, 'damp': pseudo}, whole
+    return {"clip": clip, "damp": final}, {"clip": yes, "damp": pseudo}, whole
 
 # %% ../nbs/15a_table.ipynb #97f04548
 def on_map(
-    whole, # (n,K) embeddings of whole pictures
-    how='pca', # or 'umap', where the package umap-learn is installed
-) -> np.ndarray: # (n,2) float32 in [0,1]
+    whole,  # (n,K) embeddings of whole pictures
+    how="pca",  # or 'umap', where the package umap-learn is installed
+) -> np.ndarray:  # (n,2) float32 in [0,1]
     "Two coordinates a picture: near each other what CLIP finds alike."
-    if len(whole) < 3: return np.full((len(whole), 2), 0.5, np.float32)
-    if how == 'umap':
-        try: from umap import UMAP
-        except ImportError: raise AevlpError('UMAP needs the package umap-learn; choose PCA') from None
-        xy = UMAP(random_state=0, metric='cosine').fit_transform(whole)
-    else: xy = PCA(2, svd_solver='full').fit_transform(whole)
+    if len(whole) < 3:
+        return np.full((len(whole), 2), 0.5, np.float32)
+    if how == "umap":
+        try:
+            from umap import UMAP
+        except ImportError:
+            raise AevlpError("UMAP needs the package umap-learn; choose PCA") from None
+        xy = UMAP(random_state=0, metric="cosine").fit_transform(whole)
+    else:
+        xy = PCA(2, svd_solver="full").fit_transform(whole)
     low, high = xy.min(0), xy.max(0)
     return ((xy - low) / np.maximum(high - low, 1e-9)).astype(np.float32)
 
 # %% ../nbs/15a_table.ipynb #97a29e1d
 def _predictions(run, split, ids):
     "The probabilities (n,C) of a split that the run kept, or None."
-    if not (run/'predictions.npz').is_file(): return None
-    before = '' if split == 'test' else f'{split}_'
-    with np.load(run/'predictions.npz', allow_pickle=False) as kept:
-        return kept[f'{before}probs'] if np.array_equal(kept.get(f'{before}ids'), ids) else None
+    if not (run / "predictions.npz").is_file():
+        return None
+    before = "" if split == "test" else f"{split}_"
+    with np.load(run / "predictions.npz", allow_pickle=False) as kept:
+        return kept[f"{before}probs"] if np.array_equal(kept.get(f"{before}ids"), ids) else None
 
 
 def _model_part(data, split, run, ids, device, tell):
     "Scores (n,C) and thresholds (C,) of the run's model: from its files, else computed."
     net, settings, names = load_run(run, device)
     if tuple(names) != tuple(data.class_names):
-        raise AevlpError(f'{run.name} was trained on other classes than {data.name} has; open it with its own data set')
+        raise AevlpError(f"{run.name} was trained on other classes than {data.name} has; open it with its own data set")
+
     def judged(split, ids):
-        if (kept := _predictions(run, split, ids)) is not None: return kept
+        if (kept := _predictions(run, split, ids)) is not None:
+            return kept
         out = [np.empty((0, len(names)), np.float32)]
         for at in range(0, len(ids), 256):
-            tell(at, len(ids), f'the model looks at {split}')
-            out.append(predict(net, data, ids[at:at + 256], settings['recipe'], device).cpu().numpy())
+            tell(at, len(ids), f"the model looks at {split}")
+            out.append(predict(net, data, ids[at : at + 256], settings["recipe"], device).cpu().numpy())
         return np.concatenate(out)
-    probs, val = judged(split, ids), data.splits.get('val', np.empty(0, np.int64))
-    if kept := thresholds(run, names): return probs, np.array(list(kept.values()), np.float32)
-    if not len(val): return probs, np.full(len(names), 0.5, np.float32)
-    seen, truth = probs if split == 'val' else judged('val', val), None if data.truth is None else data.truth[val]
+
+    probs, val = judged(split, ids), data.splits.get("val", np.empty(0, np.int64))
+    if kept := thresholds(run, names):
+        return probs, np.array(list(kept.values()), np.float32)
+    if not len(val):
+        return probs, np.full(len(names), 0.5, np.float32)
+    seen, truth = probs if split == "val" else judged("val", val), None if data.truth is None else data.truth[val]
     return probs, np.array([cut for cut, _ in class_thresholds(seen, truth, data.observed[val])], np.float32)
 
 # %% ../nbs/15a_table.ipynb #8194482a
 def _history(data, split, run):
     "Number of epochs in which each label was positive (n,C), and of epochs."
     shape = (len(data.splits[split]), len(data.class_names))
-    files = sorted((run/'pseudo').glob('epoch_*.npz')) if run and split == 'train' else []
+    files = sorted((run / "pseudo").glob("epoch_*.npz")) if run and split == "train" else []
     positive = np.zeros(shape, np.int16)
     for file in files:
-        pseudo = np.load(file, allow_pickle=False)['pseudo']
+        pseudo = np.load(file, allow_pickle=False)["pseudo"]
         if pseudo.shape != shape:
-            raise AevlpError(f'{run.name}: pseudo-labels of {pseudo.shape}, but {data.name} has {shape[0]} images '
-                             f'and {shape[1]} classes to train on; open the run with its own data set')
+            raise AevlpError(
+                f"{run.name}: pseudo-labels of {pseudo.shape}, but {data.name} has {shape[0]} images "
+                f"and {shape[1]} classes to train on; open the run with its own data set"
+            )
         positive += pseudo == 1
     return positive, len(files)
 
 # %% ../nbs/15a_table.ipynb #5622f30c
 def file_names(
-    data, # the labelled images
-    ids, # positions
-) -> np.ndarray: # (n,) str
+    data,  # the labelled images
+    ids,  # positions
+) -> np.ndarray:  # (n,) str
     "Names of pictures below their common folder, with forward slashes."
     top = os.path.commonpath({os.path.dirname(p) for p in data.paths})
     return np.array([Path(os.path.relpath(data.paths[i], top)).as_posix() for i in ids], dtype=str)
 
 # %% ../nbs/15a_table.ipynb #bd8e537c
 def build(
-    data, # the labelled images
-    split, # 'train', 'val' or 'test'
-    recipe, # which CLIP, views and thresholds
-    run=None, # folder of a run with a model
-    seed=0, # of the noise G where the recipe leaves it to the run
-    device='cpu', # where CLIP and the model run
-    bank_root=None, # folder of banks; None = the usual one, False = no bank
-    tell=_quiet, # called with (done, total, what); may raise `Cancelled`
+    data,  # the labelled images
+    split,  # 'train', 'val' or 'test'
+    recipe,  # which CLIP, views and thresholds
+    run=None,  # folder of a run with a model
+    seed=0,  # of the noise G where the recipe leaves it to the run
+    device="cpu",  # where CLIP and the model run
+    bank_root=None,  # folder of banks; None = the usual one, False = no bank
+    tell=_quiet,  # called with (done, total, what); may raise `Cancelled`
 ) -> Table:
     "Compute the table of a split."
     ids = data.splits.get(split, np.empty(0, np.int64))
-    if not len(ids): raise AevlpError(f'{data.name}: split {split!r} is empty; there is nothing to look at')
+    if not len(ids):
+        raise AevlpError(f"{data.name}: split {split!r} is empty; there is nothing to look at")
     clip = clip_of(recipe, device)
     settings, given = view_settings(recipe, clip), data.observed[ids]
     eyes = Eyes(clip, settings, recipe.view_seed, open_bank(data, split, clip, settings, recipe.view_seed, bank_root))
     words = prototypes(recipe, clip, data.class_names, seed)
-    tell(0, len(ids), 'views through CLIP')
+    tell(0, len(ids), "views through CLIP")
     views = _looking(eyes, data, ids, tell)
-    scores, labels, whole = damp_columns(views, given, words, recipe, lambda n: tell(n, len(ids), 'scores'))
-    cuts = dict.fromkeys(('clip', 'damp'), np.full(len(data.class_names), recipe.global_threshold, np.float32))
-    if run and (Path(run)/'best.safetensors').is_file():
-        scores['model'], cuts['model'] = _model_part(data, split, Path(run), ids, device, tell)
-        labels['model'] = (scores['model'] >= cuts['model']).astype(np.int8)
-    tell(len(ids), len(ids), 'the map of embeddings')
+    scores, labels, whole = damp_columns(views, given, words, recipe, lambda n: tell(n, len(ids), "scores"))
+    cuts = dict.fromkeys(("clip", "damp"), np.full(len(data.class_names), recipe.global_threshold, np.float32))
+    if run and (Path(run) / "best.safetensors").is_file():
+        scores["model"], cuts["model"] = _model_part(data, split, Path(run), ids, device, tell)
+        labels["model"] = (scores["model"] >= cuts["model"]).astype(np.int8)
+    tell(len(ids), len(ids), "the map of embeddings")
     positive, epochs = _history(data, split, run and Path(run))
     truth = np.full(given.shape, -1, np.int8) if data.truth is None else data.truth[ids]
-    return Table(split, ids, file_names(data, ids), data.class_names, given, truth, scores, labels, cuts, on_map(whole),
-                 positive, epochs, table_key(data, split, recipe, run, seed))
+    return Table(
+        split,
+        ids,
+        file_names(data, ids),
+        data.class_names,
+        given,
+        truth,
+        scores,
+        labels,
+        cuts,
+        on_map(whole),
+        positive,
+        epochs,
+        table_key(data, split, recipe, run, seed),
+    )
 
 # %% ../nbs/15a_table.ipynb #10ce3f49
 def _looking(eyes, data, ids, tell):
@@ -453,11 +572,13 @@ def _looking(eyes, data, ids, tell):
     missing = ids if bank is None else bank.missing(0, ids)
     made = []
     for at in range(0, len(missing), FEW):
-        part = missing[at:at + FEW]
-        made += list(eyes.over(data, part)) # with a bank they are in it now
-        tell(at + len(part), len(missing), 'views through CLIP')
-    if bank is None: yield from made
-    else: yield from eyes.over(data, ids)
+        part = missing[at : at + FEW]
+        made += list(eyes.over(data, part))  # with a bank they are in it now
+        tell(at + len(part), len(missing), "views through CLIP")
+    if bank is None:
+        yield from made
+    else:
+        yield from eyes.over(data, ids)
 
 # %% ../nbs/15a_table.ipynb #3008a472
 def table_key(data, split, recipe, run=None, seed=0) -> dict:
@@ -465,68 +586,80 @@ def table_key(data, split, recipe, run=None, seed=0) -> dict:
     key = dict(format=FORMAT, data=data.fingerprint, split=split, recipe=asdict(recipe), seed=seed)
     if run is not None:
         digest, run = hashlib.sha256(), Path(run)
-        for path in (run/'best.safetensors', run/'thresholds.json', *sorted((run/'pseudo').glob('epoch_*.npz'))):
-            if path.is_file(): digest.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
-        key['run'] = digest.hexdigest()[:16]
-    return json.loads(json.dumps(key, default=str)) # as it comes back from the file
+        for path in (run / "best.safetensors", run / "thresholds.json", *sorted((run / "pseudo").glob("epoch_*.npz"))):
+            if path.is_file():
+                digest.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
+        key["run"] = digest.hexdigest()[:16]
+    return json.loads(json.dumps(key, default=str))  # as it comes back from the file
 
 
 def table_path(
-    key, # of `table_key`
-    run=None, # folder of a run
+    key,  # of `table_key`
+    run=None,  # folder of a run
 ) -> Path:
     "The file of a table: in the run's folder where that can be written, else with the downloads."
-    if run and os.access(run, os.W_OK): return Path(run)/f"table_{key['split']}.npz"
-    return home()/'tables'/f'{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]}.npz'
+    if run and os.access(run, os.W_OK):
+        return Path(run) / f"table_{key['split']}.npz"
+    return home() / "tables" / f"{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]}.npz"
 
 # %% ../nbs/15a_table.ipynb #89051494
-ARRAYS = ('ids', 'names', 'given', 'truth', 'place', 'positive')
+ARRAYS = ("ids", "names", "given", "truth", "place", "positive")
 
 
 @patch
-def save(self:Table, path):
+def save(self: Table, path):
     "Write the table; a reader sees the old one or the new one."
     arrays = {k: getattr(self, k) for k in ARRAYS}
     for judge in self.scores:
-        arrays |= {f'{judge}_{k}': getattr(self, k)[judge] for k in ('scores', 'labels', 'thresholds')}
+        arrays |= {f"{judge}_{k}": getattr(self, k)[judge] for k in ("scores", "labels", "thresholds")}
     about = dict(split=self.split, class_names=self.class_names, epochs=self.epochs, key=self.key)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as file: np.savez(file, about=np.array(json.dumps(about)), **arrays)
+    with replacing(path) as file:
+        np.savez(file, about=np.array(json.dumps(about)), **arrays)
 
 # %% ../nbs/15a_table.ipynb #7fdaf381
 def read_table(
-    path, # a file that `save` wrote
+    path,  # a file that `save` wrote
 ) -> Table:
     "A table from its file."
     try:
-        with np.load(path, allow_pickle=False) as file: kept = {k: file[k] for k in file.files}
-        about = json.loads(str(kept['about']))
-        part = lambda end: {j: kept[f'{j}_{end}'] for j in JUDGES if f'{j}_{end}' in kept}
-        whole = {k: kept[k] for k in ARRAYS} | {k: part(k) for k in ('scores', 'labels', 'thresholds')}
-        return Table(class_names=tuple(about.pop('class_names')), **whole, **about)
+        with np.load(path, allow_pickle=False) as file:
+            kept = {k: file[k] for k in file.files}
+        about = json.loads(str(kept["about"]))
+
+        def part(end):
+            return {j: kept[f"{j}_{end}"] for j in JUDGES if f"{j}_{end}" in kept}
+
+        whole = {k: kept[k] for k in ARRAYS} | {k: part(k) for k in ("scores", "labels", "thresholds")}
+        return Table(class_names=tuple(about.pop("class_names")), **whole, **about)
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as e:
-        raise AevlpError(f'{path}: not a table that aevlp wrote ({type(e).__name__}); remove the file') from e
+        raise AevlpError(f"{path}: not a table that aevlp wrote ({type(e).__name__}); remove the file") from e
 
 
 def open_table(
-    data, # the labelled images
-    split, # 'train', 'val' or 'test'
-    recipe, # which CLIP, views and thresholds
-    run=None, # folder of a run
+    data,  # the labelled images
+    split,  # 'train', 'val' or 'test'
+    recipe,  # which CLIP, views and thresholds
+    run=None,  # folder of a run
     seed=0,
-    device='cpu',
-    bank_root=None, # folder of banks; False = no bank, and no file where there is no run either
-    tell=_quiet, # called with (done, total, what); may raise `Cancelled`
-    compute=True, # False: None where it is not there yet
+    device="cpu",
+    bank_root=None,  # folder of banks; False = no bank, and no file where there is no run either
+    tell=_quiet,  # called with (done, total, what); may raise `Cancelled`
+    compute=True,  # False: None where it is not there yet
 ) -> Table:
     "The table of a split: read where it is there, else computed and kept."
     key = table_key(data, split, recipe, run, seed)
     path = table_path(key, run)
     if path.is_file():
-        try: found = read_table(path)
-        except AevlpError: found = None # torn or of another version: computed again below
-        if found is not None and found.key == key: return found
-    if not compute: return None
+        try:
+            found = read_table(path)
+        except AevlpError:
+            found = None  # torn or of another version: computed again below
+        if found is not None and found.key == key:
+            return found
+    if not compute:
+        return None
     found = build(data, split, recipe, run, seed, device, bank_root, tell)
-    if run or bank_root is not False: found.save(path)
+    if run or bank_root is not False:
+        found.save(path)
     return found

@@ -41,8 +41,8 @@ from aevlp.data import (
     LabelledImages,
     arithmetic,
     decode,
-    epoch_order,
     decoded_bytes,
+    epoch_order,
     image_loader,
     progress,
     replacing,
@@ -54,7 +54,15 @@ from .frozen import Embedded, Embeddings
 from .labelers import Batch, Labeler, build_labeler
 from .methods import build_objective
 from .methods import get as get_method
-from .metrics import MEASURES, PseudoLabelMeter, auc_observed, average_precision, headline, map_interval, single_positive
+from aevlp.metrics import (
+    MEASURES,
+    PseudoLabelMeter,
+    auc_observed,
+    average_precision,
+    headline,
+    map_interval,
+    single_positive,
+)
 from .models import FROZEN, build_model, described_model, logits_of, offline
 from .recipes import Recipe, from_settings, should_stop
 from .scorers import Scorer, beside_clip, build_scorer
@@ -243,9 +251,13 @@ def global_batches(
     order,  # (n,) positions of an epoch
     batch_size: int,
 ) -> list:  # of (b,) positions
-    "The batches of an epoch; a last one of a single picture, which has no variance to normalise by, joins the one before."
+    "The batches of an epoch; a last one of a single picture, which has no variance, joins the one before."
     ends = list(range(batch_size, len(order), batch_size))
-    return np.split(order, ends[:-1] if ends and batch_size > 1 and len(order) - ends[-1] == 1 else ends) if len(order) else []
+    return (
+        np.split(order, ends[:-1] if ends and batch_size > 1 and len(order) - ends[-1] == 1 else ends)
+        if len(order)
+        else []
+    )
 
 
 def shard(
@@ -355,7 +367,9 @@ def chosen_by(
         return next((rule for rule in order if possible[rule]), None)
     if not possible[select_by]:
         lacks = {"map": "known labels, positive and negative", "auc_observed": "given labels"}[select_by]
-        raise AevlpError(f"{data.name}: select_by={select_by} needs validation pictures with {lacks}; use select_by=auto")
+        raise AevlpError(
+            f"{data.name}: select_by={select_by} needs validation pictures with {lacks}; use select_by=auto"
+        )
     return select_by
 
 # %% ../nbs/13_train.ipynb #436de596
@@ -367,7 +381,9 @@ QUALITY = HISTORY[5:10]
 class Training:
     "One run: its parts, its position, its folder."
 
-    def __init__(self, data, method, recipe, seed, run_dir, device=None, bank=True, checkpoint_minutes=10.0, tracker=None):
+    def __init__(
+        self, data, method, recipe, seed, run_dir, device=None, bank=True, checkpoint_minutes=10.0, tracker=None
+    ):
         self.data, self.recipe, self.seed, self.run_dir = data, recipe, seed, Path(run_dir)
         self.method, self.checkpoint_minutes = get_method(method), checkpoint_minutes
         self.bank_root = None if bank is True else bank
@@ -386,7 +402,9 @@ class Training:
         }
         self.accelerator = _accelerator(device, recipe, tracker_named(tracker), self.run_dir)
         self.device, self.main = self.accelerator.device, self.accelerator.is_main_process
-        self.settings["arithmetic"] = arithmetic() if self.device.type == "cpu" else torch.cuda.get_device_name(self.device)
+        self.settings["arithmetic"] = (
+            arithmetic() if self.device.type == "cpu" else torch.cuda.get_device_name(self.device)
+        )
         self.at = {"epoch": 1, "step": 0, "loss": 0.0, "seconds": 0.0, "epoch_seconds": 0.0, "history": [],
                    "best_epoch": 0, "best_score": -1.0, "stopped": False}  # fmt: skip
         self.select_by = chosen_by(recipe.select_by, data)
@@ -411,10 +429,15 @@ def _accelerator(device, recipe, tracker=None, folder=None):
         raise AevlpError(f"device {device!r} is unknown; use 'cpu' or 'cuda' (which GPU: CUDA_VISIBLE_DEVICES)")
     if device == "cpu" and recipe.precision == "fp16":
         raise AevlpError("precision fp16 needs a GPU; use precision=no or precision=bf16 on the CPU")
-    AcceleratorState._reset_state(reset_partial_state=True)  # an earlier run of this process may have had another precision
+    AcceleratorState._reset_state(
+        reset_partial_state=True
+    )  # an earlier run of this process may have had another precision
     return Accelerator(
-        cpu=device == "cpu", mixed_precision=recipe.precision, dynamo_backend="inductor" if recipe.compile else None,
-        log_with=tracker, project_dir=folder,
+        cpu=device == "cpu",
+        mixed_precision=recipe.precision,
+        dynamo_backend="inductor" if recipe.compile else None,
+        log_with=tracker,
+        project_dir=folder,
     )
 
 # %% ../nbs/13_train.ipynb #ec8583dd
@@ -444,7 +467,9 @@ def build(self: Training):
     optimizer = OPTIMIZERS[recipe.optimizer](groups + self.objective.param_groups(recipe.lr))
     self.backbone_weights = [w for w in self.net.backbone.parameters() if w.requires_grad]
     self.model, prepared = self.accelerator.prepare(self.net, optimizer)
-    self.optimizer = optimizer if self.accelerator.scaler is None else prepared  # the wrapper costs half a millisecond a step
+    self.optimizer = (
+        optimizer if self.accelerator.scaler is None else prepared
+    )  # the wrapper costs half a millisecond a step
     self.averaged = ModelEmaV3(self.net, decay=recipe.ema, use_warmup=True) if recipe.ema else None
     self.judged = self.averaged.module if recipe.ema else self.net
     self.meter, self.labelled = PseudoLabelMeter(truth, self.observed.cpu()), type(self.labeler) is not Labeler
@@ -491,7 +516,9 @@ def step(self: Training, ids, local, images):
     self.optimizer.step()
     at["step"] += 1
     if self.averaged is not None:
-        self.averaged.update(self.net, (at["epoch"] - 1) * -(-len(self.ids["train"]) // self.recipe.batch_size) + at["step"])
+        self.averaged.update(
+            self.net, (at["epoch"] - 1) * -(-len(self.ids["train"]) // self.recipe.batch_size) + at["step"]
+        )
 
 # %% ../nbs/13_train.ipynb #42ac87ce
 @patch
@@ -503,9 +530,12 @@ def check(self: Training):
     for (step, ids, _, logits, pseudo), loss in zip(self.recent, losses.tolist(), strict=True):
         if not math.isfinite(loss):
             where = self.keep_evidence(step, ids, loss, logits, pseudo)
-            shown = ", ".join(self.data.paths[i] for i in ids[:8]) + (f" and {len(ids) - 8} more" if len(ids) > 8 else "")
+            shown = ", ".join(self.data.paths[i] for i in ids[:8]) + (
+                f" and {len(ids) - 8} more" if len(ids) > 8 else ""
+            )
             raise AevlpError(
-                f"the loss is {loss} in epoch {self.at['epoch']}, step {step}, on {shown}; state and batch are in {where}: "
+                f"the loss is {loss} in epoch {self.at['epoch']}, step {step}, on {shown}; state and batch are in "
+                f"{where}: "
                 "look at the pictures, or lower lr and head_lr"
             )
         self.at["loss"] += loss * len(ids)
@@ -519,7 +549,12 @@ def keep_evidence(self: Training, step, ids, loss, logits, pseudo):
     folder = self.run_dir / "nonfinite"
     if self.main:
         folder.mkdir(exist_ok=True)
-        batch = {"ids": torch.from_numpy(ids), "logits": logits.float(), "pseudo": pseudo, "observed": self.observed[self.row_of[ids]]}
+        batch = {
+            "ids": torch.from_numpy(ids),
+            "logits": logits.float(),
+            "pseudo": pseudo,
+            "observed": self.observed[self.row_of[ids]],
+        }
         with replacing(folder / "batch.safetensors") as file:
             file.write(tensor_bytes({k: v.cpu().contiguous() for k, v in batch.items()}))
         _write(folder / "weights.safetensors", self.weights())
@@ -544,7 +579,13 @@ def _write(path, content):
 def _parts(self: Training):
     "What has a state."
     scaler = self.accelerator.scaler
-    parts = {"model": self.net, "optimizer": self.optimizer, "objective": self.objective, "labeler": self.labeler, "meter": self.meter}
+    parts = {
+        "model": self.net,
+        "optimizer": self.optimizer,
+        "objective": self.objective,
+        "labeler": self.labeler,
+        "meter": self.meter,
+    }
     parts |= {"judged": self.judged} if self.recipe.ema else {}
     return parts if scaler is None else parts | {"scaler": scaler}
 
@@ -566,12 +607,16 @@ def checkpoint(self: Training):
 @patch
 def _refuse_other(self: Training, settings, where):
     "A folder that belongs to another run is not touched."
-    flat = lambda s: {k: v for k, v in s.items() if k not in ("recipe", "version")} | s["recipe"] | {"workers": None}
+
+    def flat(s):
+        return {k: v for k, v in s.items() if k not in ("recipe", "version")} | s["recipe"] | {"workers": None}
+
     there, here = flat(settings), flat(self.settings)
     for key in here:
         if there.get(key) != here[key]:
             raise AevlpError(
-                f"{where}: this folder holds a run with {key}={there.get(key)!r}, not {here[key]!r}; choose another folder"
+                f"{where}: this folder holds a run with {key}={there.get(key)!r}, not {here[key]!r}; choose another "
+                "folder"
             )
 
 
@@ -636,7 +681,9 @@ def probabilities(self: Training, split):
     (part,) = shard(ids, max(len(ids), 1), rank, ranks) or [ids]
     probs = predict(self.judged, self.data, part, self.recipe, self.device, self.pictures)
     if not torch.isfinite(probs).all():
-        raise AevlpError(f"the classifier's outputs on the {split} split are not finite after epoch {self.at['epoch']}; lower lr")
+        raise AevlpError(
+            f"the classifier's outputs on the {split} split are not finite after epoch {self.at['epoch']}; lower lr"
+        )
     return gather_rows(self.accelerator, probs, len(ids))
 
 # %% ../nbs/13_train.ipynb #e4f796c0
@@ -649,7 +696,7 @@ def known(self: Training, split):
 
 @patch
 def score(self: Training, split, probs):
-    "Of each class, percent: average precision where the truth is known, and AUC of the given labels; NaN for no evidence."
+    "Of each class, percent: AP where the truth is known, and AUC of the given labels; NaN for no evidence."
     truth, given = self.known(split)
     average = average_precision(probs, torch.from_numpy(truth).to(self.device), self.empty)
     average[torch.from_numpy((truth == -1).all(0)).to(self.device)] = math.nan  # unknown, not without positives
@@ -689,7 +736,13 @@ def end_epoch(self: Training):
     at["history"].append(row)
     scores = [r[f"val_{self.select_by}"] for r in at["history"]] if self.select_by else []
     at["stopped"] = score is not None and should_stop(self.recipe.early_stop, scores)
-    at |= {"epoch": epoch + 1, "step": 0, "loss": 0.0, "seconds": at["seconds"] + at["epoch_seconds"], "epoch_seconds": 0.0}
+    at |= {
+        "epoch": epoch + 1,
+        "step": 0,
+        "loss": 0.0,
+        "seconds": at["seconds"] + at["epoch_seconds"],
+        "epoch_seconds": 0.0,
+    }
     if self.due():
         self.write_labels(epoch, pseudo)
         self.write_history()
@@ -704,7 +757,7 @@ def _number(value):
 
 @patch
 def due(self: Training):
-    "Whether an epoch that has ended is to be written; those of a frozen backbone take milliseconds, and are written now and then."
+    "Whether an ended epoch is to be written; those of a frozen backbone take milliseconds, and are not all written."
     if self.recipe.backbone != FROZEN or self.at["stopped"] or self.at["epoch"] > self.recipe.epochs:
         return True
     return time.monotonic() - self.saved_at >= min(SECONDS_BETWEEN, 60 * self.checkpoint_minutes)
@@ -747,9 +800,14 @@ def measured(self: Training, split, probs):
     average, auc = self.score(split, probs)
     interval = map_interval(probs.cpu(), truth, self.empty) if (value := class_mean(average)) is not None else None
     said = {"map": interval and [value, *interval[1:]]} | single_positive(probs.cpu(), given)
-    positives = np.where((truth >= 0).any(0), truth == 1, given == 1)  # of a class of which nothing else is known: the given ones
+    positives = np.where(
+        (truth >= 0).any(0), truth == 1, given == 1
+    )  # of a class of which nothing else is known: the given ones
     counts = {"per_class_positives": positives, "per_class_n": truth >= 0, "per_class_given": given == 1}
-    named = lambda values: dict(zip(self.data.class_names, values, strict=True)) if len(probs) else {}
+
+    def named(values):
+        return dict(zip(self.data.class_names, values, strict=True)) if len(probs) else {}
+
     per_class = {"per_class": named(map(_number, average)), "per_class_auc_observed": named(map(_number, auc))}
     return said, per_class | {k: named(v.sum(0).tolist()) for k, v in counts.items()}
 
@@ -796,7 +854,9 @@ def with_clip(self: Training, probs):
     "Numbers of CLIP's own opinion and of both together; none where the recipe asks for none."
     if not self.recipe.with_clip or self.method.scorer:
         return {}
-    return _keep_clip(self.run_dir, *beside_clip(self.data, probs, self.recipe.with_clip, self.recipe, self.device, self.bank_root))
+    return _keep_clip(
+        self.run_dir, *beside_clip(self.data, probs, self.recipe.with_clip, self.recipe, self.device, self.bank_root)
+    )
 
 
 def _keep_clip(run_dir, numbers, arrays):
@@ -815,7 +875,9 @@ def fuse_run(
     "Ask CLIP about the pictures of a finished run, and add its opinion and both together to the run."
     run_dir, settings = Path(run_dir), _settings(Path(run_dir) / "best.safetensors")
     if list(data.class_names) != settings["class_names"]:
-        raise AevlpError(f"{run_dir}: a run of other classes than {data.name} has today; CLIP cannot be asked about them")
+        raise AevlpError(
+            f"{run_dir}: a run of other classes than {data.name} has today; CLIP cannot be asked about them"
+        )
     if get_method(settings["method"]).scorer:
         raise AevlpError(f"{run_dir}: method {settings['method']} is CLIP's own opinion; there is nothing to join")
     recipe, probs = Recipe(**settings["recipe"]), {}
@@ -827,7 +889,9 @@ def fuse_run(
         else:
             probs[split] = np.empty((0, len(data.class_names)), np.float32) if kept is None else kept.probs
         if len(probs[split]) != len(ids):
-            raise AevlpError(f"{run_dir}: {len(probs[split])} predictions of the {split} split, which has {len(ids)} pictures today")
+            raise AevlpError(
+                f"{run_dir}: {len(probs[split])} predictions of the {split} split, which has {len(ids)} pictures today"
+            )
     name, root = with_clip or recipe.with_clip or "clip-damp", None if bank is True else bank
     numbers = _keep_clip(run_dir, *beside_clip(data, probs, name, recipe, device, root))
     write_json(run_dir / "metrics.json", outcome.read_json(run_dir / "metrics.json") | numbers)
@@ -838,13 +902,22 @@ def fuse_run(
 def ask(self: Training):
     "A run without training: CLIP is asked, and what it says is kept as a classifier's predictions are."
     start = time.monotonic()
-    self.net = build_scorer(self.method.scorer, self.data.class_names, self.recipe, self.device).fit(self.data, self.bank_root)
+    self.net = build_scorer(self.method.scorer, self.data.class_names, self.recipe, self.device).fit(
+        self.data, self.bank_root
+    )
     found = map(class_mean, self.score("val", self.probabilities("val")))
     val = dict(zip(("val_map", "val_auc_observed"), found, strict=True))
     seconds = time.monotonic() - start
     asked = sum(map(len, self.ids.values())) if self.method.scorer == "clip-piaa" else len(self.ids["val"])
-    self.at |= {"best_epoch": 0, "seconds": seconds, "history": [
-        dict.fromkeys(HISTORY) | val | {"epoch": 0, "seconds": round(seconds, 3), "images_per_second": asked / seconds}]}
+    self.at |= {
+        "best_epoch": 0,
+        "seconds": seconds,
+        "history": [
+            dict.fromkeys(HISTORY)
+            | val
+            | {"epoch": 0, "seconds": round(seconds, 3), "images_per_second": asked / seconds}
+        ],
+    }
     self.write_history()
     if self.main:
         with replacing(self.run_dir / "best.safetensors") as file:
@@ -863,7 +936,9 @@ def _settings(path):
             raise ValueError("its header is of another kind")
         return settings
     except (OSError, SafetensorError, TypeError, KeyError, ValueError, RecursionError) as e:
-        raise AevlpError(f"{path}: not the weights of a run ({type(e).__name__}); run it again in an empty folder") from e
+        raise AevlpError(
+            f"{path}: not the weights of a run ({type(e).__name__}); run it again in an empty folder"
+        ) from e
 
 
 @patch
@@ -926,10 +1001,21 @@ def fit(
     progress: bool = True,  # a bar with the time left
     on_epoch=None,  # called with the row of the history after each epoch, and `epochs`
     checkpoint_minutes: float = 10.0,  # between checkpoints within an epoch
-    tracker: str | None = None,  # of Accelerate, as 'tensorboard', beside history.csv; default $AEVLP_TRACKER, else none
+    tracker: str
+    | None = None,  # of Accelerate, as 'tensorboard', beside history.csv; default $AEVLP_TRACKER, else none
 ) -> dict:  # as metrics.json
     "Train `method` on `data`, or go on where a run in `run_dir` was interrupted."
-    run = Training(data, method, recipe, seed, run_dir, device, bank, checkpoint_minutes, tracker or os.environ.get("AEVLP_TRACKER"))
+    run = Training(
+        data,
+        method,
+        recipe,
+        seed,
+        run_dir,
+        device,
+        bank,
+        checkpoint_minutes,
+        tracker or os.environ.get("AEVLP_TRACKER"),
+    )
     run.prepare_folder()
     if done := run.finished():
         return done

@@ -21,65 +21,84 @@ from .data import AevlpError, in_threads
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 AUGMENTATIONS = ("weak", "flip", "none")
 
+
 @dataclass(frozen=True)
 class ViewSettings:
     "How an image becomes 1 + grid x grid views"
-    grid: int = 4          # g; R = g * g patches
-    overlap: float = 0.2   # largest ratio by which a patch grows on each side, of its own width and height
-    augment: str = "weak"  # T: 'weak' = flip and, at times, one of rotation, jitter, sharpness, autocontrast; 'flip'; 'none'
-    size: int = 224        # pixels of a view, height and width
+
+    grid: int = 4  # g; R = g * g patches
+    overlap: float = 0.2  # largest ratio by which a patch grows on each side, of its own width and height
+    augment: str = (
+        "weak"  # T: 'weak' = flip and, at times, one of rotation, jitter, sharpness, autocontrast; 'flip'; 'none'
+    )
+    size: int = 224  # pixels of a view, height and width
     mean: tuple = CLIP_MEAN
     std: tuple = CLIP_STD
 
     def __post_init__(self):
-        if self.grid < 1 or self.size < 1: raise AevlpError(f"grid={self.grid} and size={self.size} should be at least 1.")
-        if self.overlap < 0: raise AevlpError(f"overlap={self.overlap} should be at least 0.")
-        if self.augment not in AUGMENTATIONS: raise AevlpError(f"augment={self.augment!r} should be one of {', '.join(AUGMENTATIONS)}.")
+        if self.grid < 1 or self.size < 1:
+            raise AevlpError(f"grid={self.grid} and size={self.size} should be at least 1.")
+        if self.overlap < 0:
+            raise AevlpError(f"overlap={self.overlap} should be at least 0.")
+        if self.augment not in AUGMENTATIONS:
+            raise AevlpError(f"augment={self.augment!r} should be one of {', '.join(AUGMENTATIONS)}.")
 
     @property
-    def views(self): return 1 + self.grid**2  # the whole image is view 0
+    def views(self):
+        return 1 + self.grid**2  # the whole image is view 0
 
 # %% ../nbs/06_views.ipynb #5d7e4bbc
 _DRAWS = 4  # numbers per view: enlargement, flip, which augmentation, how strong
 _OP_RATE = 0.2
 
+
 @dataclass
 class ViewPlan:
     "Where the views of a batch are and how each is augmented"
-    boxes: torch.Tensor     # (B, V, 4) int64 x0, y0, x1, y1, pixels of the image; view 0 is the whole image
-    flip: torch.Tensor      # (B, V) bool
-    op: torch.Tensor        # (B, V) int64: -1 none, 0 rotation, 1 jitter, 2 sharpness, 3 autocontrast
+
+    boxes: torch.Tensor  # (B, V, 4) int64 x0, y0, x1, y1, pixels of the image; view 0 is the whole image
+    flip: torch.Tensor  # (B, V) bool
+    op: torch.Tensor  # (B, V) int64: -1 none, 0 rotation, 1 jitter, 2 sharpness, 3 autocontrast
     strength: torch.Tensor  # (B, V) float32 in [0, 1)
 
-    def __getitem__(self, images: slice) -> "ViewPlan": return ViewPlan(self.boxes[images], self.flip[images], self.op[images], self.strength[images])
+    def __getitem__(self, images: slice) -> "ViewPlan":
+        return ViewPlan(self.boxes[images], self.flip[images], self.op[images], self.strength[images])
+
 
 def draws(
-    ids,          # (B,) image ids of the data set
-    count: int,   # numbers per image
+    ids,  # (B,) image ids of the data set
+    count: int,  # numbers per image
     seed: int,
     epoch: int,
     purpose: int = 0,  # separates streams: 0 views, 1 the classifier's flips
 ) -> np.ndarray:  # (B, count) float64 in [0, 1)
     "Uniform numbers that are a function of seed, epoch and image id alone"
-    rows = [np.random.Generator(np.random.Philox(key=[seed, purpose], counter=[0, 0, epoch, int(i)])).random(count) for i in ids]
+    rows = [
+        np.random.Generator(np.random.Philox(key=[seed, purpose], counter=[0, 0, epoch, int(i)])).random(count)
+        for i in ids
+    ]
     return np.array(rows).reshape(len(rows), count)
 
-def _boxes(sizes, g, grow):  # (B, 2) pixels, grid, (B or 1, R) enlargement as a share of the tile -> (B, 1 + R, 4) int64
+
+def _boxes(
+    sizes, g, grow
+):  # (B, 2) pixels, grid, (B or 1, R) enlargement as a share of the tile -> (B, 1 + R, 4) int64
     "The whole image and its tiles, each grown on all sides and clipped"
     extent = np.asarray(sizes, dtype=np.float64).reshape(-1, 1, 2)[..., ::-1]
     row, column = np.divmod(np.arange(g * g), g)
-    low = np.stack([column - grow, row - grow], -1) / g            # x, y of the upper left corner, as shares of the image
+    low = np.stack([column - grow, row - grow], -1) / g  # x, y of the upper left corner, as shares of the image
     high = np.stack([column + 1 + grow, row + 1 + grow], -1) / g
     whole = np.concatenate([np.zeros_like(extent), extent], -1)
     corners = np.concatenate([np.floor(low * extent + 1e-9), np.ceil(high * extent - 1e-9)], -1)
     return torch.from_numpy(np.concatenate([whole, np.clip(corners, 0, np.tile(extent, 2))], 1).astype(np.int64))
 
+
 def view_plan(
-    ids,              # (B,) image ids
-    sizes,            # (B, 2) height and width of each image, pixels
+    ids,  # (B,) image ids
+    sizes,  # (B, 2) height and width of each image, pixels
     settings: ViewSettings,
     seed: int,
-    epoch: int,       # from 1
+    epoch: int,  # from 1
 ) -> ViewPlan:
     "The views of a batch in one epoch"
     n = settings.views
@@ -89,17 +108,19 @@ def view_plan(
     op = np.where((u[..., 2] < _OP_RATE) & (settings.augment == "weak"), np.floor(u[..., 2] / _OP_RATE * 4), -1)
     return ViewPlan(boxes, *map(torch.from_numpy, (flip, op.astype(np.int64), u[..., 3].astype(np.float32))))
 
+
 def evaluation_plan(
-    sizes,            # (B, 2) height and width of each image, pixels
+    sizes,  # (B, 2) height and width of each image, pixels
     settings: ViewSettings,
 ) -> ViewPlan:
-    "The views of a batch by which it is judged: no flip, no augmentation, every patch enlarged by half the largest ratio"
+    "The views that judge a batch: no flip, no augmentation, every patch enlarged by half the largest ratio"
     boxes = _boxes(sizes, settings.grid, np.full((1, settings.grid**2), settings.overlap / 2))
     shape = boxes.shape[:2]
     return ViewPlan(boxes, torch.zeros(shape, dtype=torch.bool), torch.full(shape, -1), torch.zeros(shape))
 
 # %% ../nbs/06_views.ipynb #922e82b3
 _GREY = (0.299, 0.587, 0.114)
+
 
 def _rotate(x, strength):  # up to 10 degrees, black outside
     angle = torch.deg2rad(-10 * strength)[:, None, None]
@@ -110,21 +131,29 @@ def _rotate(x, strength):  # up to 10 degrees, black outside
     torch.sub(cosines.mT, sines, out=grid[..., 1])
     return F.grid_sample(x, grid, align_corners=False)
 
+
 def _jitter(x, strength):  # brightness and contrast up or down by a fifth, saturation against them
     up, down, grey = (1 + 0.2 * strength)[:, None, None], (1 - 0.2 * strength)[:, None, None], x.new_tensor(_GREY)
     saturate = down * torch.eye(3, device=x.device) + (1 - down) * grey.expand(3, 3)
     mean = (x.mean((-1, -2)) @ grey)[:, None, None]
-    return torch.baddbmm(((1 - up) * up * mean).expand(-1, 3, 1), up**2 * saturate, x.flatten(2)).view_as(x).clamp_(0, 255)
+    return (
+        torch.baddbmm(((1 - up) * up * mean).expand(-1, 3, 1), up**2 * saturate, x.flatten(2)).view_as(x).clamp_(0, 255)
+    )
+
 
 def _sharpen(x, strength):  # inside the border
     tall = (x[..., :-2, :] + x[..., 1:-1, :]).add_(x[..., 2:, :])
     inside, smooth = x[..., 1:-1, 1:-1], (tall[..., :-2] + tall[..., 1:-1]).add_(tall[..., 2:])
-    x[..., 1:-1, 1:-1] = smooth.add_(inside, alpha=4).div_(13).lerp_(inside, (1 + strength)[:, None, None, None]).clamp_(0, 255)
+    x[..., 1:-1, 1:-1] = (
+        smooth.add_(inside, alpha=4).div_(13).lerp_(inside, (1 + strength)[:, None, None, None]).clamp_(0, 255)
+    )
     return x
 
+
 def _along_rows(values, width):  # (n, 3) -> (n, 3, 1, width)
-    "One value a channel, repeated along a row: channels last, torch then works on whole rows instead of three values at a time"
+    "One value a channel, repeated along a row: torch then works on whole rows instead of three values at a time"
     return values[:, None].expand(-1, width, -1).contiguous().permute(0, 2, 1)[:, :, None]
+
 
 def _autocontrast(x, strength):  # full range in every channel
     pixels = x.permute(0, 2, 3, 1)
@@ -133,7 +162,9 @@ def _autocontrast(x, strength):  # full range in every channel
     shift, scale = torch.where(flat, 0, low), torch.where(flat, 1, 255 / (high - low).clamp(min=1))
     return x.sub_(_along_rows(shift, x.shape[-1])).mul_(_along_rows(scale, x.shape[-1]))
 
+
 _OPS = (_rotate, _jitter, _sharpen, _autocontrast)
+
 
 @lru_cache
 def _constants(mean, std, size, device):  # (x - a) * b takes 0..255 to what the model was trained on
@@ -143,12 +174,15 @@ def _constants(mean, std, size, device):  # (x - a) * b takes 0..255 to what the
 # %% ../nbs/06_views.ipynb #3889ab7b
 _spare = {}
 
+
 def _fresh(*shape):  # float32, not initialised
     "Memory for a batch on the CPU: that of an earlier batch of this shape, if it is free"
     memory = _spare.pop(shape, None)
-    if memory is None or sys.getrefcount(memory) > 2: memory = np.empty(shape, np.float32)
+    if memory is None or sys.getrefcount(memory) > 2:
+        memory = np.empty(shape, np.float32)
     batch = torch.from_numpy(memory)
-    if len(_spare) > 3: _spare.clear()
+    if len(_spare) > 3:
+        _spare.clear()
     _spare[shape] = memory
     return batch
 
@@ -157,16 +191,19 @@ def _on_cpu(images, plan, size, mean, std):  # -> (B, V, 3, size, size), channel
     "Image after image on the CPU, each straight into its place"
     out = _fresh(*plan.flip.shape, size, size, 3).permute(0, 1, 4, 2, 3)
     mean, scale = _constants(tuple(mean), tuple(std), size, "cpu")
+
     def fill(b):
         image, views = images[b].permute(1, 2, 0).contiguous()[None], []
         mirrored, width = image.flip(2), image.shape[2]
         for (x0, y0, x1, y1), flip in zip(plan.boxes[b].tolist(), plan.flip[b].tolist()):
-            cut = mirrored[:, y0:y1, width - x1:width - x0] if flip else image[:, y0:y1, x0:x1]
+            cut = mirrored[:, y0:y1, width - x1 : width - x0] if flip else image[:, y0:y1, x0:x1]
             views.append(F.interpolate(cut.permute(0, 3, 1, 2), (size, size), mode="bilinear", antialias=True))
         place, ops, strengths = out[b].copy_(torch.cat(views)), plan.op[b].tolist(), (2 * plan.strength[b] - 1).split(1)
         for v, (op, strength) in enumerate(zip(ops, strengths)):
-            if op >= 0: place[v] = _OPS[op](views[v].float(), strength)[0]
+            if op >= 0:
+                place[v] = _OPS[op](views[v].float(), strength)[0]
         place.sub_(mean).mul_(scale)
+
     in_threads(fill, range(len(images)))
     return out
 
@@ -180,18 +217,21 @@ def _weights(low, high, length, size):  # (...), (...) pixels -> (..., size, len
     w = w * ((at > low[..., None, None]) & (at < high[..., None, None]))
     return w / w.sum(-1, keepdim=True)
 
+
 def _products(images, boxes, flip, size, device):  # -> (B, V, 3, size, size), 0 to 255
     "All cuts of some images as two batched matrix products: rows, then columns"
     height, width = (max(i.shape[d] for i in images) for d in (1, 2))
     kind = torch.float16 if torch.device(device).type == "cuda" else torch.float32
     padded = torch.zeros(len(images), height, 3, width, dtype=kind, device=device)
-    for place, image in zip(padded, images): place[:image.shape[1], :, :image.shape[2]] = image.to(device, non_blocking=True).transpose(0, 1)
+    for place, image in zip(padded, images):
+        place[: image.shape[1], :, : image.shape[2]] = image.to(device, non_blocking=True).transpose(0, 1)
     x0, y0, x1, y1 = boxes.to(device).float().unbind(-1)
     rows, columns = _weights(y0, y1, height, size).to(kind), _weights(x0, x1, width, size).to(kind)
     columns = torch.where(flip.to(device)[..., None, None], columns.flip(-2), columns)
-    rows = rows.flatten(1, 2) @ padded.flatten(2)                                           # (B, V size, 3 W)
-    pixels = rows.view(*flip.shape, size * 3, width) @ columns.transpose(-1, -2)            # (B, V, size 3, size)
+    rows = rows.flatten(1, 2) @ padded.flatten(2)  # (B, V size, 3 W)
+    pixels = rows.view(*flip.shape, size * 3, width) @ columns.transpose(-1, -2)  # (B, V, size 3, size)
     return pixels.view(*flip.shape, size, 3, size).transpose(-2, -3).float().round_().clamp_(0, 255)
+
 
 def _on_device(images, plan, size, mean, std, device):  # -> (B, V, 3, size, size)
     "All views of a batch at once"
@@ -201,20 +241,24 @@ def _on_device(images, plan, size, mean, std, device):  # -> (B, V, 3, size, siz
     out = torch.cat([_products(images[p], plan.boxes[p], plan.flip[p], size, device) for p in parts])
     for op, augment in enumerate(_OPS):
         b, v = (plan.op == op).nonzero(as_tuple=True)
-        if len(b): out[b, v] = augment(out[b, v], 2 * plan.strength[b, v].to(device) - 1)
+        if len(b):
+            out[b, v] = augment(out[b, v], 2 * plan.strength[b, v].to(device) - 1)
     mean, scale = _constants(tuple(mean), tuple(std), out.shape[-1], device)
     return out.sub_(mean).mul_(scale)
 
+
 def _make(images, plan, size, mean, std, device):
-    if torch.device(device).type == "cpu": return _on_cpu(images, plan, size, mean, std)
+    if torch.device(device).type == "cpu":
+        return _on_cpu(images, plan, size, mean, std)
     return _on_device(images, plan, size, mean, std, device)
 
+
 def make_views(
-    images,           # B uint8 tensors (3, H, W), sizes may differ
+    images,  # B uint8 tensors (3, H, W), sizes may differ
     plan: ViewPlan,
     settings: ViewSettings,
     device="cpu",
-) -> torch.Tensor:    # (B, V, 3, S, S) float32, normalised; on the CPU channels last
+) -> torch.Tensor:  # (B, V, 3, S, S) float32, normalised; on the CPU channels last
     "Cut, resize, flip, augment and normalise the views of a batch"
     return _make(images, plan, settings.size, settings.mean, settings.std, device)
 
@@ -223,34 +267,40 @@ def student_flips(ids, seed: int, epoch: int) -> torch.Tensor:  # (B,) bool
     "Which images of a batch are flipped in an epoch: a function of seed, epoch and image id"
     return torch.from_numpy(draws(ids, 1, seed, epoch, purpose=1)[:, 0] < 0.5)
 
+
 def student_shifts(ids, largest: float, seed: int, epoch: int) -> torch.Tensor:  # (B, 2) in [-largest, largest)
     "How far each image of a batch is moved right and down in an epoch, as shares of its width and height"
     return torch.from_numpy((2 * draws(ids, 2, seed, epoch, purpose=2) - 1) * largest)
+
 
 def _mirrored(length: int, by: int):  # -> (length,) positions
     "Where the pixels of a row come from that is moved by so many, mirrored at its ends"
     at = (torch.arange(length) - by).abs()
     return torch.where(at < length, at, 2 * (length - 1) - at)
 
+
 def shifted(
-    image,         # (3, H, W)
+    image,  # (3, H, W)
     right: float,  # share of the width, below 1
-    down: float,   # share of the height, below 1
-):                 # (3, H, W)
+    down: float,  # share of the height, below 1
+):  # (3, H, W)
     "The image moved by whole pixels, mirrored where it would be empty"
     height, width = image.shape[1:]
     return image[:, _mirrored(height, round(down * height))][:, :, _mirrored(width, round(right * width))]
 
+
 def student_inputs(
-    images,       # B uint8 tensors (3, H, W), sizes may differ
-    size: int,    # pixels of the squashed image
-    mean, std,    # three numbers each, of values in [0, 1]
+    images,  # B uint8 tensors (3, H, W), sizes may differ
+    size: int,  # pixels of the squashed image
+    mean,
+    std,  # three numbers each, of values in [0, 1]
     device="cpu",
-    flip=None,    # (B,) bool
-    shift=None,   # (B, 2) of `student_shifts`
+    flip=None,  # (B,) bool
+    shift=None,  # (B, 2) of `student_shifts`
 ) -> torch.Tensor:  # (B, 3, size, size) float32; on the CPU channels last
     "Shift, squash, flip and normalise a batch"
-    if shift is not None: images = [shifted(image, *by) for image, by in zip(images, shift.tolist())]
+    if shift is not None:
+        images = [shifted(image, *by) for image, by in zip(images, shift.tolist())]
     boxes = torch.tensor([[[0, 0, image.shape[2], image.shape[1]]] for image in images])
     flip = torch.zeros(len(images), dtype=torch.bool) if flip is None else flip.cpu()
     plan = ViewPlan(boxes, flip[:, None], torch.full((len(images), 1), -1), torch.zeros(len(images), 1))

@@ -24,23 +24,37 @@ from .data import AevlpError, nearest, shipped
 # %% ../nbs/07_vlm.ipynb #c745f2fa
 _CHUNK = 2**19  # pixels that go through the image tower at a time on the CPU
 
+
 def _tokens_first(model):
     "The same transformer, with (L, N, D) inside instead of (N, L, D)"
     for tower in model.modules():
-        if type(tower) is not transformer.Transformer or any(type(b) is not transformer.ResidualAttentionBlock for b in tower.resblocks): continue
+        if type(tower) is not transformer.Transformer or any(
+            type(b) is not transformer.ResidualAttentionBlock for b in tower.resblocks
+        ):
+            continue
         tower.batch_first = False
-        for block in tower.resblocks: block.attn.batch_first = False
+        for block in tower.resblocks:
+            block.attn.batch_first = False
+
 
 class Clip:
     "A frozen CLIP: pixels and prompts in, embeddings out"
-    def __init__(self,
-        model,             # as open_clip builds it
+
+    def __init__(
+        self,
+        model,  # as open_clip builds it
         name: str,
         device="cpu",
         precision="fp32",  # 'fp32' or 'bf16' (autocast)
     ):
-        self.model, self.name, self.device, self.precision = model.to(device).eval().requires_grad_(False), name, torch.device(device), precision
-        if precision == "bf16": _tokens_first(model.visual)
+        self.model, self.name, self.device, self.precision = (
+            model.to(device).eval().requires_grad_(False),
+            name,
+            torch.device(device),
+            precision,
+        )
+        if precision == "bf16":
+            _tokens_first(model.visual)
         size = model.visual.image_size
         self.image_size = size[0] if isinstance(size, (tuple, list)) else size  # S, pixels
         self.mean, self.std = tuple(model.visual.image_mean), tuple(model.visual.image_std)
@@ -48,7 +62,8 @@ class Clip:
         self._hash = None
 
     @property
-    def width(self): return self.encode_text(["a"]).shape[1]  # K
+    def width(self):
+        return self.encode_text(["a"]).shape[1]  # K
 
     @property
     def weights_hash(self) -> str:  # names the weights in a bank's key
@@ -60,66 +75,85 @@ class Clip:
             self._hash = digest.hexdigest()[:16]
         return self._hash
 
-    def _cast(self): return torch.autocast(self.device.type, torch.bfloat16) if self.precision == "bf16" else nullcontext()
+    def _cast(self):
+        return torch.autocast(self.device.type, torch.bfloat16) if self.precision == "bf16" else nullcontext()
 
     @torch.inference_mode()
     def encode_images(self, pixels: Tensor) -> Tensor:  # (M, 3, S, S) normalised -> (M, K) float32, unit norm
-        with self._cast(): out = torch.cat([self.model.encode_image(p) for p in self._parts(pixels)])
+        with self._cast():
+            out = torch.cat([self.model.encode_image(p) for p in self._parts(pixels)])
         return nn.functional.normalize(out.float(), dim=-1)
 
     def _parts(self, pixels):
-        chunks = math.ceil(len(pixels) * pixels.shape[-1]**2 / _CHUNK) if self.device.type == "cpu" else 1
+        chunks = math.ceil(len(pixels) * pixels.shape[-1] ** 2 / _CHUNK) if self.device.type == "cpu" else 1
         return (p.to(self.device) for p in pixels.chunk(chunks))
 
     @torch.inference_mode()
     def encode_text(self, texts: list) -> Tensor:  # C prompts -> (C, K) float32, not normalised
-        with self._cast(): return self.model.encode_text(self.tokenizer(texts).to(self.device)).float()
+        with self._cast():
+            return self.model.encode_text(self.tokenizer(texts).to(self.device)).float()
 
 # %% ../nbs/07_vlm.ipynb #3b166afc
 def weights_of(
-    name: str,        # open_clip's name of the architecture
+    name: str,  # open_clip's name of the architecture
     pretrained=None,  # its tag, a local file, 'none' = random; None = what ships for `name`
-) -> dict:            # arguments of open_clip.create_model
+) -> dict:  # arguments of open_clip.create_model
     "How open_clip is told where weights are; a tag also says which activation they were trained with"
     from aevlp import glyphs  # registers the small CLIP with open_clip
 
-    if name not in open_clip.list_models(): raise AevlpError(f"open_clip has no model called '{name}'; the nearest is '{nearest(name, open_clip.list_models())}'.")
+    if name not in open_clip.list_models():
+        raise AevlpError(
+            f"open_clip has no model called '{name}'; the nearest is '{nearest(name, open_clip.list_models())}'."
+        )
     if pretrained is None:
-        if name != glyphs.CLIP_NAME: raise AevlpError(f"No weights of {name} ship: name a pretrained tag (clip_weights=openai) or a local file.")
+        if name != glyphs.CLIP_NAME:
+            raise AevlpError(f"No weights of {name} ship: name a pretrained tag (clip_weights=openai) or a local file.")
         pretrained = str(shipped(glyphs.CLIP_WEIGHTS))
-    if pretrained == "none": return dict(load_weights=False)
-    if Path(pretrained).is_file(): return dict(pretrained=str(pretrained))
+    if pretrained == "none":
+        return dict(load_weights=False)
+    if Path(pretrained).is_file():
+        return dict(pretrained=str(pretrained))
     tags = open_clip.list_pretrained_tags_by_model(name)
     if pretrained not in tags:
         hint = f"the nearest tag is '{nearest(pretrained, tags)}'" if tags else "open_clip knows no tag for it"
         raise AevlpError(f"'{pretrained}' is no local file and no pretrained tag of {name}; {hint}.")
-    return dict(pretrained=pretrained, force_quick_gelu=open_clip.get_pretrained_cfg(name, pretrained).get("quick_gelu", False))
+    return dict(
+        pretrained=pretrained, force_quick_gelu=open_clip.get_pretrained_cfg(name, pretrained).get("quick_gelu", False)
+    )
+
 
 def load_clip(
-    name: str,         # open_clip's name of the architecture, as 'ViT-B-16'
-    pretrained=None,   # open_clip's tag as 'openai', a local file, 'none' = random weights; None = what ships for `name`
+    name: str,  # open_clip's name of the architecture, as 'ViT-B-16'
+    pretrained=None,  # open_clip's tag as 'openai', a local file, 'none' = random weights; None = what ships for `name`
     device="cpu",
     precision="fp32",  # 'fp32' or 'bf16'
 ) -> Clip:
     "CLIP by open_clip's name"
     where = weights_of(name, pretrained)
-    try: model = open_clip.create_model(name, **where)
+    try:
+        model = open_clip.create_model(name, **where)
     except Exception as e:  # every hub client raises its own kind
         reason = str(e).strip().splitlines()[0][:200] if str(e).strip() else type(e).__name__
-        raise AevlpError(f"The weights '{pretrained}' of {name} could not be loaded ({reason}); where there is no network, give a local file as clip_weights.") from e
+        raise AevlpError(
+            f"The weights '{pretrained}' of {name} could not be loaded ({reason}); where there is no network, give a "
+            "local file as clip_weights."
+        ) from e
     return Clip(model, name, device, precision)
 
 # %% ../nbs/07_vlm.ipynb #ec9b613a
 TOKEN_RULES = ("sclip", "maskclip", "plain")
 _attend = nn.functional.scaled_dot_product_attention
 
+
 def _positions(embedding, grid):  # (1 + n, D), (h, w) -> (1 + h w, D)
     "Position embeddings of a class token and a square grid, for another grid"
     side = math.isqrt(len(embedding) - 1)
-    if (side, side) == tuple(grid): return embedding
+    if (side, side) == tuple(grid):
+        return embedding
     square = embedding[1:].float().reshape(1, side, side, -1).permute(0, 3, 1, 2)
     square = nn.functional.interpolate(square, size=grid, mode="bicubic", antialias=True, align_corners=False)
     return torch.cat([embedding[:1], square.permute(0, 2, 3, 1).flatten(0, 2).to(embedding.dtype)])
+
 
 def _vit_tokens(tower, pixels, rule):
     x = tower.conv1(pixels)
@@ -128,11 +162,15 @@ def _vit_tokens(tower, pixels, rule):
     x = tower.ln_pre(x + _positions(tower.positional_embedding, grid).to(x.dtype))
     *blocks, last = tower.transformer.resblocks
     x = x if tower.transformer.batch_first else x.transpose(0, 1).contiguous()
-    for block in blocks: x = block(x)
+    for block in blocks:
+        x = block(x)
     x = x if tower.transformer.batch_first else x.transpose(0, 1)
     inside = nn.functional.linear(last.ln_1(x), last.attn.in_proj_weight, last.attn.in_proj_bias)
-    q, k, v = (p.unflatten(2, (last.attn.num_heads, -1)).transpose(1, 2) for p in inside.chunk(3, -1))  # (M, heads, 1 + n, d)
-    if rule == "plain": seen = _attend(q, k, v)
+    q, k, v = (
+        p.unflatten(2, (last.attn.num_heads, -1)).transpose(1, 2) for p in inside.chunk(3, -1)
+    )  # (M, heads, 1 + n, d)
+    if rule == "plain":
+        seen = _attend(q, k, v)
     else:
         seen = v if rule == "maskclip" else _attend(q, q, v) + _attend(k, k, v)
         seen = torch.cat([_attend(q[:, :, :1], k, v), seen[:, :, 1:]], 2)  # the class token attends as it was trained
@@ -141,64 +179,83 @@ def _vit_tokens(tower, pixels, rule):
     x = tower.ln_post(x) @ tower.proj
     return x[:, 0], x[:, 1:].unflatten(1, grid)
 
+
 def _resnet_tokens(tower, pixels, rule):
     x, pool = tower.stem(pixels), tower.attnpool
-    for layer in (tower.layer1, tower.layer2, tower.layer3, tower.layer4): x = layer(x)
+    for layer in (tower.layer1, tower.layer2, tower.layer3, tower.layer4):
+        x = layer(x)
     grid, x = x.shape[2:], x.flatten(2).mT
     mean = x.mean(1, keepdim=True)
     y = torch.cat([mean, x], 1) + _positions(pool.positional_embedding, grid).to(x.dtype)
-    heads = lambda p: p.unflatten(2, (pool.num_heads, -1)).transpose(1, 2)
+
+    def heads(p):
+        return p.unflatten(2, (pool.num_heads, -1)).transpose(1, 2)
+
     whole = _attend(heads(pool.q_proj(y[:, :1])), heads(pool.k_proj(y)), heads(pool.v_proj(y)))
     return pool.c_proj(whole.transpose(1, 2).flatten(2))[:, 0], pool.c_proj(pool.v_proj(x)).unflatten(1, grid)
 
+
 def _dense(tower):
     "The function that gives a tower's tokens, or None"
-    if type(tower) is ModifiedResNet: return _resnet_tokens
-    if type(tower) is not transformer.VisionTransformer or tower.attn_pool is not None or tower.pool_type != "tok": return None
+    if type(tower) is ModifiedResNet:
+        return _resnet_tokens
+    if type(tower) is not transformer.VisionTransformer or tower.attn_pool is not None or tower.pool_type != "tok":
+        return None
     plain = all(type(block) is transformer.ResidualAttentionBlock for block in tower.transformer.resblocks)
     return _vit_tokens if plain and tower.proj is not None else None
 
+
 def dense_tokens(
-    tower,             # image tower of an open_clip model
-    pixels: Tensor,    # (M, 3, H, W) normalised, any size that the tower's patches divide
+    tower,  # image tower of an open_clip model
+    pixels: Tensor,  # (M, 3, H, W) normalised, any size that the tower's patches divide
     rule: str = "sclip",  # of `TOKEN_RULES`
-) -> tuple:            # (M, K) global embeddings, (M, h, w, K) tokens, neither normalised
+) -> tuple:  # (M, K) global embeddings, (M, h, w, K) tokens, neither normalised
     "What one pass knows of the whole picture and of every place of it"
     return _dense(tower)(tower, pixels, rule)
 
 # %% ../nbs/07_vlm.ipynb #6234e5c4
 @patch
-def token_grid(self: Clip, size: int = 0) -> int:  # h = w of the tokens of a picture of `size` pixels, 0 = the tower's own
+def token_grid(
+    self: Clip, size: int = 0
+) -> int:  # h = w of the tokens of a picture of `size` pixels, 0 = the tower's own
     "How many tokens a side has; a tower without dense tokens, or a size that does not fit, is refused"
     tower, size = self.model.visual, size or self.image_size
     if _dense(tower) is None:
-        raise AevlpError(f"{self.name} has no dense tokens that aevlp can read: its image tower ({type(tower).__name__}) pools in another way "
-                         "than a class token or CLIP's ResNets; choose another clip, or a method without tokens.")
+        raise AevlpError(
+            f"{self.name} has no dense tokens that aevlp can read: its image tower ({type(tower).__name__}) pools in "
+            "another way "
+            "than a class token or CLIP's ResNets; choose another clip, or a method without tokens."
+        )
     stride = 32 if type(tower) is ModifiedResNet else tower.patch_size[0]
-    if size % stride: raise AevlpError(f"token_size={size} is no multiple of {stride}, the pixels of a token of {self.name}.")
+    if size % stride:
+        raise AevlpError(f"token_size={size} is no multiple of {stride}, the pixels of a token of {self.name}.")
     return size // stride
+
 
 @patch
 @torch.inference_mode()
 def encode_tokens(self: Clip, pixels: Tensor, rule: str = "sclip") -> tuple:
     "Global embeddings (M, K) and dense tokens (M, h, w, K) of one pass, float32, unit norm"
-    if rule not in TOKEN_RULES: raise AevlpError(f"token_rule={rule!r} should be one of {', '.join(TOKEN_RULES)}.")
+    if rule not in TOKEN_RULES:
+        raise AevlpError(f"token_rule={rule!r} should be one of {', '.join(TOKEN_RULES)}.")
     self.token_grid(pixels.shape[-1])
-    with self._cast(): out = [dense_tokens(self.model.visual, p, rule) for p in self._parts(pixels)]
+    with self._cast():
+        out = [dense_tokens(self.model.visual, p, rule) for p in self._parts(pixels)]
     return tuple(nn.functional.normalize(torch.cat(o).float(), dim=-1) for o in zip(*out))
 
 # %% ../nbs/07_vlm.ipynb #707b5426
 def prompts(class_names, template: str = "a photo of a {}") -> list:  # underscores of a name become spaces
     "One sentence per class"
-    if "{}" not in template: raise AevlpError(f"prompt={template!r} has no {{}} for the class name.")
+    if "{}" not in template:
+        raise AevlpError(f"prompt={template!r} has no {{}} for the class name.")
     return [template.format(name.replace("_", " ")) for name in class_names]
 
 # %% ../nbs/07_vlm.ipynb #668dec76
 def label_graph(
-    text: Tensor,             # (C, K) text embeddings, any norm
-    neighbours: int = None,   # kept per class, itself included; None = all
+    text: Tensor,  # (C, K) text embeddings, any norm
+    neighbours: int = None,  # kept per class, itself included; None = all
     self_weight: float = 0.8,
-) -> Tensor:                  # (C, C) float32, rows sum to 1
+) -> Tensor:  # (C, C) float32, rows sum to 1
     "A* of section 5.1"
     unit = nn.functional.normalize(text.float(), dim=-1)
     cosines = (unit @ unit.T).clamp(min=0)
@@ -209,13 +266,16 @@ def label_graph(
     others = (1 - self_weight) * cosines / total.clamp(min=1e-12)
     return others + torch.diag(1 - others.sum(1))
 
+
 class GraphNoise(nn.Module):
     "G of section 5.1: H_{l+1} = LeakyReLU(A* H_l W_l), frozen, uniform weights from a seed of its own"
-    def __init__(self,
-        width: int,            # K
-        layers: int = 3,       # L
-        hidden: int = 1024,    # width between the layers
-        slope: float = 0.2,    # of LeakyReLU
+
+    def __init__(
+        self,
+        width: int,  # K
+        layers: int = 3,  # L
+        hidden: int = 1024,  # width between the layers
+        slope: float = 0.2,  # of LeakyReLU
         seed: int = 0,
         last_activation: bool = True,  # the paper's formula; the released code leaves the last one out
     ):
@@ -230,22 +290,23 @@ class GraphNoise(nn.Module):
         h = text
         for i, w in enumerate(self.weights, 1):
             h = graph @ h @ w
-            if i < len(self.weights) or self.last_activation: h = nn.functional.leaky_relu(h, self.slope)
+            if i < len(self.weights) or self.last_activation:
+                h = nn.functional.leaky_relu(h, self.slope)
         return h
 
 # %% ../nbs/07_vlm.ipynb #fb4f3682
 @torch.no_grad()
 def text_prototypes(
     clip: Clip,
-    class_names,              # C names
+    class_names,  # C names
     template: str = "a photo of a {}",
-    noise: bool = True,       # add G
-    neighbours: int = None,   # of A*
-    seed: int = 0,            # of G's weights
+    noise: bool = True,  # add G
+    neighbours: int = None,  # of A*
+    seed: int = 0,  # of G's weights
     layers: int = 3,
     hidden: int = 1024,
     last_activation: bool = True,
-) -> Tensor:                  # (C, K) float32, unit norm
+) -> Tensor:  # (C, K) float32, unit norm
     "t = G(E_t(P)) + E_t(P), section 5.1: computed once per run"
     text = clip.encode_text(prompts(class_names, template)).clone()
     if noise:
@@ -258,6 +319,6 @@ def similarities(
     embeddings: Tensor,  # (..., K) unit norm
     prototypes: Tensor,  # (C, K) unit norm
     temperature: float,  # tau > 0
-) -> Tensor:             # (..., C) probabilities
+) -> Tensor:  # (..., C) probabilities
     "Softmax(cos / tau) of section 5.1"
     return ((embeddings @ prototypes.T) / temperature).softmax(-1)

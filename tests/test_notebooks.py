@@ -70,5 +70,5 @@ def test_readme_is_made_from_the_index(tmp_path):
 
 
 def test_ruff_has_no_complaint():
-    run(BIN / "ruff", "check", "tests", "benchmarks", "docs", "setup.py", cwd=ROOT)
-    run(BIN / "ruff", "format", "--check", "tests", "benchmarks", "docs", "setup.py", cwd=ROOT)
+    run(BIN / "ruff", "check", "nbs", "tests", "benchmarks", "docs", "setup.py", cwd=ROOT)
+    run(BIN / "ruff", "format", "--check", "nbs", "tests", "benchmarks", "docs", "setup.py", cwd=ROOT)
