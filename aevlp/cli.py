@@ -290,13 +290,11 @@ def figure(
     seeds: Seeds = None,
 ):
     "Make a figure or a table from the runs that are there."
-    from aevlp import benchmarks, results
+    from aevlp import datasets, results
 
     given = dict(root=root and str(root.absolute()), csv=csv and str(csv.absolute()), seeds=_numbers(seeds))
     typer.echo(
-        results.render(
-            name, benchmarks.resolve(dataset, root, csv), **{k: v for k, v in given.items() if v is not None}
-        )
+        results.render(name, datasets.resolve(dataset, root, csv), **{k: v for k, v in given.items() if v is not None})
     )
 
 # %% ../nbs/17_cli.ipynb #cf804a39
@@ -353,9 +351,9 @@ def data_check(
     as_json: Json = False,
 ):
     "What is found beside what is expected; every one of your own pictures is opened."
-    from aevlp import benchmarks
+    from aevlp import datasets
 
-    found = benchmarks.check(name, root, csv, separator=separator)
+    found = datasets.check(name, root, csv, separator=separator)
     _show(found, True) if as_json else _findings(found)
     if not found.ok.all():
         raise typer.Exit(1)
@@ -368,9 +366,9 @@ def data_fetch(
     as_json: Json = False,
 ):
     "Download what is public, resumed and checked."
-    from aevlp import benchmarks
+    from aevlp import datasets
 
-    _show(benchmarks.fetch(name, root), as_json)
+    _show(datasets.fetch(name, root), as_json)
 
 # %% ../nbs/17_cli.ipynb #66977c7c
 @bank_app.command("ls", epilog=_example("bank ls"))

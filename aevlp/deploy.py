@@ -23,7 +23,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from . import benchmarks, methods, outcome, plots, runs, scorers, train
+from . import datasets, methods, outcome, plots, runs, scorers, train
 from .data import AevlpError, AevlpWarning, LabelledImages, decode, made_here, replacing, write_json, write_text
 from .frozen import whole
 from .metrics import ASSUMPTION, MEASURES
@@ -55,7 +55,7 @@ def about(
         raise AevlpError(
             f"{run / 'run.json'}: class_names are not those of best.safetensors; put them right, or remove the file"
         )
-    own = runs.read_params(run)["dataset"] in benchmarks.OWN
+    own = runs.read_params(run)["dataset"] in datasets.OWN
     data, why = unchanged(run) if own or not found else (None, None)
     found = found or (
         outcome.describe(data) if data else dict(class_names=names, truth=False if own else True, summary=[])

@@ -26,7 +26,7 @@ import yaml
 from fastcore.basics import patch
 from PIL import Image
 
-from . import benchmarks, draw, plots, runs
+from . import datasets, draw, plots, runs
 from . import table as tables
 from .damp import DampScores
 from .data import AevlpError, LabelledImages, decode, in_threads, progress, write_text
@@ -1465,7 +1465,7 @@ def open_state(
         params = runs.read_params(run)
     else:
         params = {
-            "dataset": None if isinstance(dataset, LabelledImages) else benchmarks.resolve(dataset, root, csv),
+            "dataset": None if isinstance(dataset, LabelledImages) else datasets.resolve(dataset, root, csv),
             "method": "aevlp",
             "root": root or (csv and str(Path(csv).parent)),
             "csv": csv,

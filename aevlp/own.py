@@ -1004,7 +1004,7 @@ def voc(
 def kind(
     root=None,
     csv=None,
-) -> str:  # a name of `benchmarks.NAMES`
+) -> str:  # a name of `datasets.NAMES`
     "What `--root` and `--csv` mean without `--dataset`: never the embedded benchmark."
     if csv is not None:
         return "own-coco" if Path(csv).suffix.lower() == ".json" else "csv"
@@ -1035,7 +1035,7 @@ def official_voc(root) -> bool:
 
 def official_coco(root) -> bool:
     "Whether the categories are those of MS-COCO."
-    from aevlp.benchmarks import class_names
+    from aevlp.datasets import class_names
 
     root = Path(root).expanduser()
     paths = [root / p / "annotations/instances_train2014.json" for p in ("", "annotations_trainval2014")]

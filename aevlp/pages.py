@@ -43,7 +43,7 @@ def checked(
         if (state := runs.status(run)["state"]) != "done":
             raise AevlpError(f"run {run.name} is {state}; finish it with `aevlp train`, then open it")
         dataset, root, csv = (params.get(k) for k in ("dataset", "root", "csv"))
-    from aevlp import benchmarks
+    from aevlp import datasets
 
     def absolute(p):
         return str(Path(p).expanduser().absolute()) if p else None
@@ -52,13 +52,11 @@ def checked(
     for path, there in ((given["root"], os.path.isdir), (given["csv"], os.path.isfile)):
         if path and not there(path):
             raise AevlpError(f"{path}: there is no such {'folder' if there is os.path.isdir else 'file'}")
-    given["dataset"] = name = benchmarks.resolve(dataset, given["root"], given["csv"])
+    given["dataset"] = name = datasets.resolve(dataset, given["root"], given["csv"])
     if csv and not root:
         given["root"] = str(Path(given["csv"]).parent)
     own = (
-        None
-        if name in recipes.DATASETS
-        else benchmarks.load(name, **{k: given[k] for k in ("root", "csv") if given[k]})
+        None if name in recipes.DATASETS else datasets.load(name, **{k: given[k] for k in ("root", "csv") if given[k]})
     )
     recipes.recipe(name, "aevlp", data=own, **given["overrides"])
     return given

@@ -20,7 +20,7 @@ import pandas as pd
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
-from . import benchmarks, deploy, outcome, plots, results, runs
+from . import datasets, deploy, outcome, plots, results, runs
 from .data import AevlpError, decode, made_here, write_text
 from .metrics import ASSUMPTION, MEASURES, average_precision, headline, map_interval
 
@@ -178,7 +178,7 @@ def _headline(f) -> str:
 
 # %% ../nbs/15f_report.ipynb #558dc38b
 def _own(f) -> bool:
-    return f.params["dataset"] in benchmarks.OWN
+    return f.params["dataset"] in datasets.OWN
 
 
 def _given_measures(f) -> str:

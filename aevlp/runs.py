@@ -41,7 +41,7 @@ from fastcore.basics import patch
 from filelock import FileLock, Timeout
 
 import aevlp
-from . import benchmarks, metrics, outcome, ready, recipes, registry
+from . import datasets, metrics, outcome, ready, recipes, registry
 from .data import PORTABLE, AevlpError, _checkout, nearest, write_json, write_text
 
 # %% ../nbs/15_runs.ipynb #eda3eb96
@@ -76,7 +76,7 @@ def experiment(
 
 # %% ../nbs/15_runs.ipynb #638e4a40
 def run_params(
-    dataset: str | None,  # a name of `benchmarks.NAMES`; None: what lies in `root`, without one the embedded benchmark
+    dataset: str | None,  # a name of `datasets.NAMES`; None: what lies in `root`, without one the embedded benchmark
     method: str,  # a name of `aevlp methods`, or 'loss+labeler'
     seed: int = 0,  # of everything random in the run
     root=None,  # folder of the data set, where it is not in `home()`
@@ -87,11 +87,11 @@ def run_params(
     separator: str | None = None,  # of labels in a cell of `csv`; default recognised
 ) -> dict:
     "All parameters of a run, the recipe resolved; a clear error before anything starts."
-    if dataset is not None and dataset not in benchmarks.NAMES:
-        raise AevlpError(f"no data set is called '{dataset}'; the nearest is '{nearest(dataset, benchmarks.NAMES)}'")
+    if dataset is not None and dataset not in datasets.NAMES:
+        raise AevlpError(f"no data set is called '{dataset}'; the nearest is '{nearest(dataset, datasets.NAMES)}'")
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
         raise AevlpError(f"seed={seed!r} should be a whole number from 0")
-    dataset = benchmarks.resolve(dataset, root, csv)
+    dataset = datasets.resolve(dataset, root, csv)
     root, csv = (str(Path(p).expanduser().absolute()) if p else None for p in (root, csv))
     params = dict(
         dataset=dataset,
@@ -116,7 +116,7 @@ def run_params(
     return params | said | dict(overrides={k: recipe[k] for k in sorted(overrides or {})}, recipe=recipe)
 
 
-_READ = ("root", "csv", "observation", "separator")  # what `benchmarks.load` is told
+_READ = ("root", "csv", "observation", "separator")  # what `datasets.load` is told
 
 
 _read = ContextVar("read", default=None)
@@ -151,7 +151,7 @@ def _load_data(params):
     given = {k: params[k] for k in _READ if params.get(k)}
     if params["dataset"] == "glyphs":  # its single labels are drawn anew per seed; seed 0 has the field's draw
         given.setdefault("observation", f"uniform, seed={1200 + params.get('seed', 0)}")
-    return benchmarks.load(params["dataset"], fidelity=params["fidelity"], **given)
+    return datasets.load(params["dataset"], fidelity=params["fidelity"], **given)
 
 # %% ../nbs/15_runs.ipynb #50c31411
 def _digest(params, keys) -> str:
@@ -173,7 +173,7 @@ def run_name(
     params: dict,  # of `run_params`
 ) -> str:
     "Readable, and the same for the same parameters, labels and files: `glyphs-aevlp-s0-1a2b3c4d`."
-    own = Path(params.get("csv") or params.get("root") or "").stem if params["dataset"] in benchmarks.OWN else ""
+    own = Path(params.get("csv") or params.get("root") or "").stem if params["dataset"] in datasets.OWN else ""
     dataset = re.sub(r"\W+", "_", own) or params["dataset"]
     key = run_key(params) if params.get("content") else _digest(params, (*_DECIDES, "root", "csv"))
     return f"{dataset}-{params['method']}-s{params['seed']}-{key}"
@@ -1046,7 +1046,7 @@ def expand(
 ) -> pd.DataFrame:  # label, dataset, method, seed, run, key, params, paper
     "The runs of a sweep, each once, in the order of the file."
     spec, planned = load_spec(spec), []
-    dataset = dataset or (benchmarks.resolve(None, root, csv) if root or csv else None)
+    dataset = dataset or (datasets.resolve(None, root, csv) if root or csv else None)
     seeds = spec["seeds"] if seeds is None else seeds
     for where in [dataset] if dataset else spec["datasets"]:
         where = {"name": where} if isinstance(where, str) else where
@@ -1059,7 +1059,7 @@ def expand(
             fidelity=spec.get("fidelity", "paper"),
         )
         if place["root"] or place["csv"]:
-            place["dataset"] = benchmarks.resolve(place["dataset"], place["root"], place["csv"])
+            place["dataset"] = datasets.resolve(place["dataset"], place["root"], place["csv"])
         elif place["dataset"] is None:
             raise AevlpError(f"sweep {spec['name']}, datasets: one without a name")
         for row in spec.get("rows") or [{"method": m} for m in spec["methods"]]:

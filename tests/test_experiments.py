@@ -9,12 +9,12 @@ import nbformat
 import numpy as np
 import pandas as pd
 import pytest
-from test_benchmarks import coco_tree, cub_tree, nus_tree, voc_tree
+from test_datasets import coco_tree, cub_tree, nus_tree, voc_tree
 from test_deploy import SMALL
 from test_runs import finished
 from tiny import CLIP, shapes
 
-from aevlp import benchmarks, cli, results, runs
+from aevlp import cli, datasets, results, runs
 
 FIGURES = ["figure2", "figure3", "damp_quality"]
 TABLES = [f"table{n}" for n in range(1, 9)]
@@ -113,7 +113,7 @@ def test_the_command_trains_on_an_official_tree_and_names_what_is_missing_before
     monkeypatch.setenv("AEVLP_HOME", str(tmp_path / "home"))
     command = ["train", "--dataset", dataset, "--root", str(root), "--method", "aevlp", "--seed", "0"]
     command += [word for key, value in TINY.items() for word in ("--set", f"{key}={value}")]
-    kept = Path(benchmarks.load(dataset, root=root).paths[0])
+    kept = Path(datasets.load(dataset, root=root).paths[0])
     lost = kept.rename(tmp_path / "lost.jpg")
     with pytest.raises(SystemExit) as end:
         cli.main(command)

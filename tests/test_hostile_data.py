@@ -9,12 +9,12 @@ import zlib
 
 import numpy as np
 import pytest
+from aevlp.datasets import load
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 import aevlp.data
-from aevlp.benchmarks import load
 from aevlp.data import AevlpError, LabelledImages, decode, decoded_bytes
 
 RNG = np.random.default_rng(0)

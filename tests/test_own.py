@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from aevlp.datasets import check, load, resolve
 from PIL import Image
 
 from aevlp import own, ready, runs
-from aevlp.benchmarks import check, load, resolve
 from aevlp.data import AevlpError
 
 RNG = np.random.default_rng(5)

@@ -5,7 +5,7 @@ import pytest
 from fake_run import record
 from PIL import Image, ImageFilter
 
-from aevlp import bank, benchmarks, recipes, train, vlm
+from aevlp import bank, datasets, recipes, train, vlm
 
 
 @pytest.fixture(scope="module")
@@ -19,11 +19,11 @@ def voc(tmp_path_factory):
     for image in names["train"] + names["val"]:
         noise = Image.fromarray(rng.integers(0, 256, (375, 500, 3), dtype=np.uint8))
         noise.filter(ImageFilter.GaussianBlur(3)).save(base / "JPEGImages" / f"{image}.jpg", quality=90)
-    for c, label in enumerate(benchmarks.class_names("voc")):
+    for c, label in enumerate(datasets.class_names("voc")):
         for split, images in names.items():
             lines = [f"{image} {1 if c in (i % 20, (i + 5) % 20) else -1:2d}" for i, image in enumerate(images)]
             (base / "ImageSets" / "Main" / f"{label}_{split}.txt").write_text("\n".join(lines) + "\n")
-    return benchmarks.load("voc", root=root)
+    return datasets.load("voc", root=root)
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ import sys
 import numpy as np
 import pytest
 
-from aevlp import benchmarks, glyphs
+from aevlp import datasets, glyphs
 from aevlp.data import AevlpError, LabelledImages
 from aevlp.review import review
 from aevlp.reviewed import Review
@@ -131,7 +131,7 @@ def test_reviewed_labels_can_be_trained_on(page, data, tmp_path):
             press(page, "Enter")
         assert page.unreviewed(0) is None and "pictures reviewed" in page.summary.value
     root = os.path.dirname(data.paths[0])
-    full = benchmarks.load("csv", root=root, csv=tmp_path / "reviewed.csv")
+    full = datasets.load("csv", root=root, csv=tmp_path / "reviewed.csv")
     assert full.class_names == data.class_names and len(full) == 16
     assert {k: v.tolist() for k, v in full.splits.items()} == {k: v.tolist() for k, v in data.splits.items()}
     assert (full.truth == np.stack([page.notes.rows[f"{i:02d}.png"] for i in range(16)])).all()

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from aevlp.datasets import Archive, check, class_names, fetch, load
 from PIL import Image
 
-from aevlp import benchmarks
-from aevlp.benchmarks import Archive, check, class_names, fetch, load
+from aevlp import datasets
 from aevlp.data import AevlpError
 
 RNG = np.random.default_rng(11)
@@ -322,7 +322,7 @@ def test_missing_cub_files_are_named(tmp_path):
 
 
 def test_cub_names_clean_and_as_released():
-    raw = benchmarks.shipped("classnames/cub.txt").read_text().split()
+    raw = datasets.shipped("classnames/cub.txt").read_text().split()
     released, clean = class_names("cub", "released"), class_names("cub")
     assert len(raw) == 312 and len(set(clean)) == len(set(released)) == 312
     assert sum("::" in name for name in released) == 19 and not any("::" in name for name in clean)
@@ -596,7 +596,7 @@ class Server(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch):
-    monkeypatch.setattr(benchmarks.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(datasets.time, "sleep", lambda seconds: None)
     handler = type("Handler", (Server,), {"files": {}, "log": []})
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
         threading.Thread(target=running.serve_forever, args=(0.01,), daemon=True).start()
@@ -726,7 +726,7 @@ def test_fetch_never_writes_outside(server, tmp_path):
 
 
 def test_only_one_download_into_a_folder(server, tmp_path):
-    with benchmarks.FileLock(tmp_path / ".fetch.lock"), pytest.raises(AevlpError, match="under way"):
+    with datasets.FileLock(tmp_path / ".fetch.lock"), pytest.raises(AevlpError, match="under way"):
         fetch("voc", tmp_path, [archive(server, "a.tar", tar_of({"x": b"y"}))])
 
 
