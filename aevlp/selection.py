@@ -131,7 +131,7 @@ def candidates(
     return pd.DataFrame(rows)
 
 
-# of Table 1, those that learn from one label and whose loss needs no map of the picture
+# of Tables 1 and 7, those that learn from one label and whose loss needs no map of the picture
 METHODS = (
     "an",
     "an-ls",
@@ -147,6 +147,8 @@ METHODS = (
     "vlpl",
     "bce+damp",
     "aevlp",
+    "smile",
+    "gpr+tokens",
 )
 
 
