@@ -1004,7 +1004,7 @@ def voc(
 def kind(
     root=None,
     csv=None,
-) -> str:  # a name of `datasets.NAMES`
+) -> str:  # one of `datasets.names()`
     "What `--root` and `--csv` mean without `--dataset`: never the embedded benchmark."
     if csv is not None:
         return "own-coco" if Path(csv).suffix.lower() == ".json" else "csv"

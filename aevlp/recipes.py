@@ -484,7 +484,6 @@ _CHOICES = dict(
     augment=("weak", "flip", "none"),
     clip_norm=("clip", "imagenet"),
     token_rule=("sclip", "maskclip", "plain"),
-    with_clip=("", "clip", "clip-views", "clip-damp", "clip-tokens", "clip-piaa"),
 )
 _AT_LEAST = dict(
     frozen_hidden=0,
@@ -577,6 +576,11 @@ def _check(key, value):
     "A sentence if `value` is out of the range of field `key`"
     if key in _CHOICES and value not in _CHOICES[key]:
         raise AevlpError(f"{key}={value!r} should be one of {', '.join(map(str, _CHOICES[key]))}.")
+    if key == "with_clip" and value:
+        from .registry import scorers
+
+        if value not in scorers():
+            raise AevlpError(f"with_clip={value!r} should be empty or one of {', '.join(scorers())}.")
     if isinstance(value, float) and not math.isfinite(value):
         raise AevlpError(f"{key}={value} is not a finite number.")
     if key in _AT_LEAST and value < _AT_LEAST[key]:

@@ -76,7 +76,7 @@ def experiment(
 
 # %% ../nbs/15_runs.ipynb #638e4a40
 def run_params(
-    dataset: str | None,  # a name of `datasets.NAMES`; None: what lies in `root`, without one the embedded benchmark
+    dataset: str | None,  # one of `datasets.names()`; None: what lies in `root`, without one the embedded benchmark
     method: str,  # a name of `aevlp methods`, or 'loss+labeler'
     seed: int = 0,  # of everything random in the run
     root=None,  # folder of the data set, where it is not in `home()`
@@ -87,8 +87,8 @@ def run_params(
     separator: str | None = None,  # of labels in a cell of `csv`; default recognised
 ) -> dict:
     "All parameters of a run, the recipe resolved; a clear error before anything starts."
-    if dataset is not None and dataset not in datasets.NAMES:
-        raise AevlpError(f"no data set is called '{dataset}'; the nearest is '{nearest(dataset, datasets.NAMES)}'")
+    if dataset is not None and dataset not in datasets.names():
+        raise AevlpError(f"no data set is called '{dataset}'; the nearest is '{nearest(dataset, datasets.names())}'")
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
         raise AevlpError(f"seed={seed!r} should be a whole number from 0")
     dataset = datasets.resolve(dataset, root, csv)
