@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ASSUMPTION', 'MEASURES', 'average_precision', 'mean_average_precision', 'recall_at', 'rank_of_given',
-           'bootstrap_weights', 'auc_observed', 'map_interval', 'single_positive', 'headline', 'pseudo_label_quality',
-           'PseudoLabelMeter']
+           'bootstrap_weights', 'weighted_ap', 'auc_observed', 'nanmean', 'map_interval', 'single_positive', 'headline',
+           'pseudo_label_quality', 'PseudoLabelMeter']
 
 # %% ../nbs/00_metrics.ipynb #3b2e087b
 import numpy as np
@@ -143,28 +143,33 @@ def _sums(scores, positive, rows, weights):
     return own[:-1:2], own[1:-1:2], every[:-1:2], every[1:-1:2], own[-1], every[-1]
 
 
-def _weighted_ap(before, upto, _, seen, total, __):
-    return ((upto - before) * upto / np.maximum(seen, 1)).sum(0) / total
+def _ap(before, upto, _, seen, total, __):
+    return ((upto - before) * upto / np.where(seen > 0, seen, 1)).sum(0) / total
 
 
-def _weighted_auc(before, upto, seen_before, seen, total, every):
+def _auc(before, upto, seen_before, seen, total, every):
     negatives = every - total  # of which lie below, or level for a half
     return ((upto - before) * (negatives - (seen_before - before + seen - upto) / 2)).sum(0) / (total * negatives)
 
 # %% ../nbs/00_metrics.ipynb #2ccc89ed
 def _classes(measure, scores, positive, known, weights):
     "`measure` of every class and draw"
-    import torch
-
-    scores, out = (
-        np.asarray(torch.as_tensor(scores).double().cpu()),
-        np.full((scores.shape[1], weights.shape[1]), np.nan),
-    )
+    scores = np.asarray(scores.double().cpu() if hasattr(scores, "cpu") else scores, dtype=np.float64)
+    out = np.full((scores.shape[1], weights.shape[1]), np.nan)
     with np.errstate(invalid="ignore", divide="ignore"):  # 0 / 0 is the NaN of a draw without a positive
         for c in np.flatnonzero(positive.any(0)):
             rows = np.flatnonzero(known[:, c])
             out[c] = measure(*_sums(scores[rows, c], positive[rows, c], rows, weights))
     return out
+
+
+def weighted_ap(
+    scores,  # (N, C) floats, higher is more positive
+    targets,  # (N, C) 1 = positive, -1 = unknown
+    weights,  # (N, B) how often each picture counts, for B measurements at once
+) -> np.ndarray:  # (C, B) in [0, 1]; NaN for a class without a positive that counts
+    "Average precision of each class, tied scores grouped"
+    return _classes(_ap, scores, np.asarray(targets) == 1, np.asarray(targets) != -1, weights)
 
 
 def auc_observed(
@@ -175,7 +180,7 @@ def auc_observed(
     "Area under the ROC curve of the given labels of each class against all other pictures"
     given = np.asarray(observed) == 1
     out = _classes(
-        _weighted_auc,
+        _auc,
         scores,
         given,
         np.ones_like(given),
@@ -184,7 +189,7 @@ def auc_observed(
     return out[:, 0] if weights is None else out
 
 # %% ../nbs/00_metrics.ipynb #7582739d
-def _nanmean(values, axis):
+def nanmean(values, axis):
     "Mean of what is there, NaN where nothing is"
     there = ~np.isnan(values)
     with np.errstate(invalid="ignore"):
@@ -215,9 +220,9 @@ def map_interval(
     "mAP with its 95 % interval over pictures"
     targets, point = np.asarray(targets), average_precision(scores, targets, np.nan).cpu().numpy()
     weights = bootstrap_weights(len(targets), replicates, seed)
-    aps = _classes(_weighted_ap, scores, (targets == 1) & ~np.isnan(point), targets != -1, weights)
+    aps = weighted_ap(scores, targets, weights)
     aps[np.isnan(point)] = empty
-    return _interval(100 * _nanmean(aps, 0), reflect=True)
+    return _interval(100 * nanmean(aps, 0), reflect=True)
 
 # %% ../nbs/00_metrics.ipynb #1ad6ecf6
 def single_positive(
@@ -231,7 +236,7 @@ def single_positive(
     "What the given labels of a split say of the scores, with 95 % intervals over pictures"
     weights, places = bootstrap_weights(len(scores), replicates, seed), _places(scores, observed)
     pictures = {f"recall@{k}": 100 * _recall(k, *places) for k in (1, 3, 5)} | {"mean_rank": _rank(*places)}
-    out = {"auc_observed": _interval(100 * _nanmean(auc_observed(scores, observed, weights), 0))}
+    out = {"auc_observed": _interval(100 * nanmean(auc_observed(scores, observed, weights), 0))}
     for name, values in pictures.items():
         there = ~np.isnan(values)
         with np.errstate(invalid="ignore"):

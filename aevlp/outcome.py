@@ -18,6 +18,9 @@ import numpy as np
 from .data import AevlpError, LabelledImages, nearest, replacing, write_json
 
 # %% ../nbs/12b_outcome.ipynb #dc6a3dcc
+_LARGEST = 2**23  # bytes of a JSON file: names and numbers of some 50,000 classes
+
+
 def _once(pairs):
     "An object of JSON, none of its names twice."
     found = dict(pairs)
@@ -33,7 +36,13 @@ def read_json(
 ) -> dict:  # {} where there is no such file
     "What a JSON file says, or a sentence on what is wrong with it."
     try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_once)
+        if not Path(path).is_file() and Path(path).exists():  # a pipe would never end
+            raise ValueError("it is no file")
+        with open(path, "rb") as file:
+            data = file.read(_LARGEST + 1)
+        if len(data) > _LARGEST:
+            raise ValueError(f"it is larger than {_LARGEST // 2**20} MB")
+        found = json.loads(data.decode(), object_pairs_hook=_once)
     except FileNotFoundError:
         return {}
     except OSError as e:

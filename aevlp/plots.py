@@ -172,9 +172,9 @@ def probability_histograms(
 
 # %% ../nbs/14_plots.ipynb #44ad274d
 def half_interval(
-    group,  # of a grouped column: numbers of several seeds
+    group,  # a grouped column, or a table of which every column holds the numbers of several seeds
 ):  # half the width of the 95 % t-interval, 0 for one seed
-    "How far the mean of a row is sure."
+    "How far the mean of a group is sure."
     n = group.count()
     return (group.sem(ddof=1) * stats.t.ppf(0.975, (n - 1).clip(lower=1))).fillna(0)
 
@@ -450,12 +450,10 @@ def selection_prices(
                 seeds = (
                     part[part["observation"] == way].groupby(["rule", "seed"])["regret"].mean().unstack().reindex(rules)
                 )
-                n = seeds.notna().sum(axis=1).clip(lower=2)
-                half = (stats.t.ppf(0.975, n - 1) * seeds.std(axis=1, ddof=1) / np.sqrt(n)).fillna(0)
                 ax.errorbar(
                     seeds.mean(axis=1),
                     np.arange(len(rules)) + 0.2 * (i - (len(ways) - 1) / 2),
-                    xerr=half,
+                    xerr=half_interval(seeds.T),
                     fmt=MARKERS[i % 7],
                     color=CYCLE[i % 7],
                     capsize=2,

@@ -30,14 +30,11 @@ def spread(
     digits: int = 2,
 ) -> str:
     "`61.20 ± 0.40 (5)`: mean, half the width of its 95 % t-interval, and number of seeds."
-    values = np.asarray(pd.Series(values, dtype=float).dropna())
+    values = pd.Series(values, dtype=float).dropna()
     if not len(values):
         return "–"
-    shown = f"{values.mean():.{digits}f}"
-    if len(values) == 1:
-        return f"{shown} (1)"
-    half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
-    return f"{shown} ± {half:.{digits}f} ({len(values)})"
+    half = f" ± {plots.half_interval(values.to_frame()).iloc[0]:.{digits}f}" if len(values) > 1 else ""
+    return f"{values.mean():.{digits}f}{half} ({len(values)})"
 
 
 def holm(
@@ -390,18 +387,17 @@ def passes(
     recipe,
 ) -> int:  # of CLIP's image tower over each training picture, where no bank holds them
     "What training asks of CLIP."
-    views = 1 + recipe.grid**2
+    views, epochs = 1 + recipe.grid**2, min(recipe.view_epochs or recipe.epochs, recipe.epochs)
     each = {
-        "damp": views * recipe.epochs,
+        "damp": views * epochs,
         "fixed-damp": views,
-        "tokens": recipe.epochs,
-        "piaa": recipe.epochs,
+        "tokens": epochs,
+        "piaa": epochs + 1,  # the first for its Gaussians
         "vlpl": 1,
     }
     if method.scorer:
         return int(method.scorer == "clip-piaa")
-    if recipe.backbone == "frozen":  # its views are those of the labeler, of a few epochs in turn
-        epochs = min(recipe.view_epochs or recipe.epochs, recipe.epochs)
+    if recipe.backbone == "frozen":  # its views are those of the labeler
         return (views + (1 if method.labeler in ("tokens", "piaa") else 0)) * epochs
     return each.get(method.labeler, 0)
 
@@ -493,7 +489,7 @@ def points(
         ):
             values = group[column].astype(float).dropna() if column in group else pd.Series(dtype=float)
             if len(values) and pd.notna(price[cost]):
-                half = float(plots.half_interval(values.groupby(lambda _: 0)).iloc[0])
+                half = float(plots.half_interval(values.to_frame()).iloc[0])
                 lines.append(
                     dict(
                         label=label + also,

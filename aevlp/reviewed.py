@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ORDERS', 'UNIFORM', 'Sample', 'DRAWS', 'ENOUGH', 'says', 'draw', 'sample', 'names_of', 'Review', 'with_truth',
-           'open_file', 'weighted_ap', 'resampled', 'bounds', 'in_percent', 'predictions', 'taken_labels', 'map_of',
-           'labels_of', 'about', 'measure', 'shown', 'choice', 'thresholds', 'of_runs', 'thresholds_of']
+           'open_file', 'resampled', 'bounds', 'in_percent', 'predictions', 'taken_labels', 'map_of', 'labels_of',
+           'about', 'measure', 'shown', 'choice', 'thresholds', 'of_runs', 'thresholds_of']
 
 # %% ../nbs/15d_reviewed.ipynb #cc69b807
 import csv
@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
-from . import outcome, runs
+from . import metrics, outcome, runs
 from .data import AevlpError, replacing, write_text
 
 # %% ../nbs/15d_reviewed.ipynb #c12620b0
@@ -273,25 +273,6 @@ def open_file(
 DRAWS = 1000  # of the bootstrap
 
 
-def weighted_ap(
-    scores,  # (n, C) higher is more positive
-    truth,  # (n, C) in {0, 1}
-    weights,  # (B, n) how often each picture counts, for B measurements at once
-) -> np.ndarray:  # (B, C) in [0, 1], NaN for a class without positives
-    "Average precision, tied scores grouped."
-    scores, out = np.asarray(scores), np.full((len(weights), truth.shape[1]), np.nan)
-    for c in np.flatnonzero(truth.any(0)):
-        order = np.argsort(-scores[:, c], kind="stable")
-        ranked, w = scores[order, c], weights[:, order]
-        last = np.searchsorted(-ranked, -ranked, side="right") - 1  # of its group of ties
-        hits = w * truth[order, c]
-        seen = np.cumsum(w, 1)[:, last]
-        precision = np.divide(np.cumsum(hits, 1)[:, last], seen, out=np.zeros_like(seen), where=seen > 0)
-        whole = hits.sum(1)
-        out[:, c] = np.divide((hits * precision).sum(1), whole, out=np.full(len(w), np.nan), where=whole > 0)
-    return out
-
-
 def resampled(
     weights,  # (n,) of the sample
     seed=0,
@@ -381,9 +362,8 @@ def map_of(
     if said is None or not len(ids):
         return None
     truth = np.stack([notes.rows[n] for n in part.names])
-    every = weighted_ap(_rows(run, notes, split, ids, said), truth, resampled(part.weights, draws=draws))
-    present = np.isfinite(every).any(1)
-    return 100 * np.array([np.nanmean(ap) if some else np.nan for ap, some in zip(every, present)])
+    weights = resampled(part.weights, draws=draws).T
+    return 100 * metrics.nanmean(metrics.weighted_ap(_rows(run, notes, split, ids, said), truth, weights), 0)
 
 
 def labels_of(

@@ -55,7 +55,7 @@ def rule_scores(
     "What every rule says of a candidate."
     names, drawn = draws
     truth, positive = np.asarray(truth) == 1, np.asarray(given) == 1
-    reviewed = metrics._nanmean(metrics._classes(metrics._weighted_ap, probs, truth, np.ones_like(truth), drawn), 0)
+    reviewed = metrics.nanmean(metrics.weighted_ap(probs, truth, drawn), 0)
     return {
         "clean mAP": metrics.mean_average_precision(probs, truth, np.nan),
         "AUC": 100 * np.nanmean(metrics.auc_observed(probs, positive)),

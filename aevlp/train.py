@@ -1058,6 +1058,10 @@ def load_run(
     names, method = tuple(settings["class_names"]), get_method(settings["method"])
     with offline():
         if method.scorer:
-            return build_scorer(method.scorer, names, settings["recipe"], device).load(load_file(path)), settings, names
+            try:
+                model = build_scorer(method.scorer, names, settings["recipe"], device).load(load_file(path))
+            except (AevlpError, KeyError) as e:
+                raise AevlpError(f"{path}: {e if isinstance(e, AevlpError) else f'it has no {e}'}") from e
+            return model, settings, names
         model = described_model(settings["recipe"], len(names), method.head, path)
     return model.to(device).eval(), settings, names

@@ -15,6 +15,7 @@ from pathlib import Path
 import open_clip
 import torch
 from fastcore.basics import patch
+from huggingface_hub import constants
 from open_clip import transformer
 from open_clip.modified_resnet import ModifiedResNet
 from torch import Tensor, nn
@@ -94,6 +95,11 @@ class Clip:
             return self.model.encode_text(self.tokenizer(texts).to(self.device)).float()
 
 # %% ../nbs/07_vlm.ipynb #3b166afc
+def _downloaded(url) -> Path:
+    "Where open_clip keeps what it has from an address of no hub"
+    return Path("~/.cache/clip").expanduser() / url.rpartition("/")[2]
+
+
 def weights_of(
     name: str,  # open_clip's name of the architecture
     pretrained=None,  # its tag, a local file, 'none' = random; None = what ships for `name`
@@ -117,9 +123,10 @@ def weights_of(
     if pretrained not in tags:
         hint = f"the nearest tag is '{nearest(pretrained, tags)}'" if tags else "open_clip knows no tag for it"
         raise AevlpError(f"'{pretrained}' is no local file and no pretrained tag of {name}; {hint}.")
-    return dict(
-        pretrained=pretrained, force_quick_gelu=open_clip.get_pretrained_cfg(name, pretrained).get("quick_gelu", False)
-    )
+    known = open_clip.get_pretrained_cfg(name, pretrained)
+    if constants.HF_HUB_OFFLINE and not known.get("hf_hub") and not _downloaded(known["url"]).is_file():
+        raise AevlpError(f"'{pretrained}' of {name} is not on this machine, and nothing may be fetched here.")
+    return dict(pretrained=pretrained, force_quick_gelu=known.get("quick_gelu", False))
 
 
 def load_clip(

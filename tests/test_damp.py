@@ -6,12 +6,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aevlp.damp import aggregate, damp, local_threshold, negatives, positives
+from aevlp.damp import DampScores, aggregate, damp, local_threshold, negatives, positives
 
 
 def loop_damp(probs, observed, nu, zeta, top_k, ratio, strict, rule, negatives_as):
     """One image at a time, one class at a time."""
-    labels = []
+    labels, thresholds, finals, averages = [], [], [], []
     for views, known in zip(probs.tolist(), observed.tolist(), strict=True):
         whole, patches, classes = views[0], views[1:], len(known)
         scores = [whole[c] for c in range(classes) if known[c] == 1]
@@ -31,8 +31,15 @@ def loop_damp(probs, observed, nu, zeta, top_k, ratio, strict, rule, negatives_a
             lowest = [c for c in range(classes) if ratio > 0 and average[c] <= percentile + 1e-12]
         for c in lowest:
             row[c] = negatives_as
-        labels.append(row)
-    return torch.tensor(labels, dtype=torch.int8)
+        for rows, new in zip((labels, thresholds, finals, averages), (row, threshold, final, average), strict=True):
+            rows.append(new)
+    return DampScores(
+        *(None, None),
+        torch.tensor(finals, dtype=torch.float64),
+        torch.tensor(np.array(averages)),
+        torch.tensor(thresholds, dtype=torch.float64),
+        torch.tensor(labels, dtype=torch.int8),
+    )
 
 
 @settings(max_examples=150, deadline=None)
@@ -61,7 +68,11 @@ def test_damp_equals_loops(seed, images, patches, classes, coarse, nu, zeta, top
         strict=strict, rule=rule, negatives_as=negatives_as,
     )  # fmt: skip
     expected = loop_damp(probs, observed, nu, zeta, top_k, ratio, strict, rule, negatives_as)
-    assert torch.equal(scores.pseudo, expected)
+    assert torch.equal(scores.pseudo, expected.pseudo)
+    for name in ("local_threshold", "final", "average"):
+        torch.testing.assert_close(getattr(scores, name), getattr(expected, name), rtol=0, atol=1e-12)
+    assert torch.equal(scores.global_probs, probs[:, 0])
+    torch.testing.assert_close(scores.aggregated, 2 * scores.final - probs[:, 0], rtol=0, atol=1e-12)
     assert scores.pseudo.dtype == torch.int8
 
 
@@ -73,7 +84,7 @@ def test_realistic_batch(dtype):
     observed[3] = 0  # an image without observed positive
     args = dict(local_threshold=0.3, global_threshold=0.1, top_k=3, negative_ratio=0.3)
     found = damp(probs.to(dtype), observed, **args).pseudo
-    assert torch.equal(found, loop_damp(probs, observed, 0.3, 0.1, 3, 0.3, False, "percentile", -1))
+    assert torch.equal(found, loop_damp(probs, observed, 0.3, 0.1, 3, 0.3, False, "percentile", -1).pseudo)
     assert (found == 1).any() and ((found == -1).sum(1) == 24).all()
 
 
@@ -91,6 +102,12 @@ def test_no_observed_positive_trusts_every_maximum():
     threshold = local_threshold(probs[:, 0], observed, 0.9)
     assert threshold.tolist() == [0, 0]
     assert torch.equal(aggregate(probs[:, 1:], threshold), probs[:, 1:].amax(1))
+
+
+def test_the_threshold_is_the_least_observed_probability_or_nu():
+    probs = torch.tensor([[0.5, 0.2, 0.1, 0.7]]).expand(3, 4)
+    observed = torch.tensor([[1, 1, 0, -1], [1, 0, 0, 0], [0, 0, 1, 1]])
+    torch.testing.assert_close(local_threshold(probs, observed, 0.4), torch.tensor([0.2, 0.4, 0.1]))
 
 
 def test_threshold_is_inclusive_unless_strict():

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from aevlp.datasets import Archive, check, class_names, fetch, load
 from PIL import Image
 
 from aevlp import datasets
 from aevlp.data import AevlpError
+from aevlp.datasets import Archive, check, class_names, fetch, load
 
 RNG = np.random.default_rng(11)
 

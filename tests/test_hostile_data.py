@@ -9,13 +9,13 @@ import zlib
 
 import numpy as np
 import pytest
-from aevlp.datasets import load
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 import aevlp.data
 from aevlp.data import AevlpError, LabelledImages, decode, decoded_bytes
+from aevlp.datasets import load
 
 RNG = np.random.default_rng(0)
 SCENE = Image.fromarray(np.kron(RNG.integers(0, 256, (6, 8, 3)), np.ones((6, 6, 1))).astype(np.uint8))

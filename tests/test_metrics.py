@@ -245,7 +245,7 @@ def test_a_drawn_picture_counts_as_often_as_it_was_drawn():
     """Every draw of the interval against scikit-learn on the repeated rows."""
     scores, targets = holes(0, n=25)
     weights = metrics.bootstrap_weights(25, 20, seed=3)
-    aps = metrics._classes(metrics._weighted_ap, scores, targets == 1, targets != -1, weights)
+    aps = metrics.weighted_ap(scores, targets, weights)
     aucs = metrics.auc_observed(scores, targets, weights)
     for b in range(21):
         rows = np.repeat(np.arange(25), weights[:, b].astype(int))
@@ -257,6 +257,17 @@ def test_a_drawn_picture_counts_as_often_as_it_was_drawn():
             positive = targets[rows, c] == 1
             expected = roc_auc_score(positive, scores[rows, c]) if positive.any() and not positive.all() else math.nan
             assert aucs[c, b] == pytest.approx(expected, nan_ok=True)
+
+
+def test_a_picture_may_count_for_a_part_of_one():
+    rng = np.random.default_rng(5)
+    scores, targets = rng.random((60, 4)).round(1), rng.integers(0, 2, (60, 4))  # with ties
+    weights = np.stack([rng.gamma(1, 0.01, size=60), np.ones(60)], 1)
+    expected = [
+        [average_precision_score(targets[:, c], scores[:, c], sample_weight=w) for w in weights.T] for c in range(4)
+    ]
+    np.testing.assert_allclose(metrics.weighted_ap(scores, targets, weights), expected, rtol=1e-12)
+    assert np.isnan(metrics.weighted_ap(scores, targets * [1, 1, 1, 0], weights)[3]).all()
 
 
 def test_intervals_are_repeatable_and_as_wide_as_the_standard_error_says():

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from aevlp.datasets import check, load, resolve
 from PIL import Image
 
 from aevlp import own, ready, runs
 from aevlp.data import AevlpError
+from aevlp.datasets import check, load, resolve
 
 RNG = np.random.default_rng(5)
 
