@@ -1030,6 +1030,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'aevlp.table.Query': ('table.html#query', 'aevlp/table.py'),
                              'aevlp.table.Table': ('table.html#table', 'aevlp/table.py'),
                              'aevlp.table.Table.__len__': ('table.html#table.__len__', 'aevlp/table.py'),
+                             'aevlp.table.Table._column': ('table.html#table._column', 'aevlp/table.py'),
                              'aevlp.table.Table._lower': ('table.html#table._lower', 'aevlp/table.py'),
                              'aevlp.table.Table._mean_known': ('table.html#table._mean_known', 'aevlp/table.py'),
                              'aevlp.table.Table._sides': ('table.html#table._sides', 'aevlp/table.py'),

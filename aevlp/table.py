@@ -176,8 +176,18 @@ def column(
     judge,  # one of `judges`
     class_name=None,  # of this class alone
 ) -> np.ndarray:  # (n,) float, or str for 'name'
-    "One column; not a number where it says nothing."
-    c = slice(None) if class_name is None else [self.index(class_name)]
+    "One column; not a number where it says nothing. Those of all classes are computed once."
+    if class_name is not None:
+        return self._column(name, judge, [self.index(class_name)])
+    cache = self.__dict__.setdefault("_columns", {})
+    if (name, judge) not in cache:
+        cache[name, judge] = self._column(name, judge, slice(None))
+    return cache[name, judge]
+
+
+@patch
+def _column(self: Table, name, judge, c):
+    "A column over some classes."
     nothing, p = np.full(len(self), np.nan), self.scores[judge][:, c]
     of = {"score": judge, "clip score": "clip", "DAMP score": "damp", "model score": "model"}.get(name)
     if of:
