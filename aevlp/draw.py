@@ -588,23 +588,21 @@ def marks_html() -> str:
         return score_bar(0, 0, [(0.5, shape, colour)]).replace('100%" height="21"', '14" height="21"', 1)
 
     parts = [
-        f'<span class="chip" style="vertical-align:middle">{small(*mark)}</span><span class="chip">{name}</span>'
+        f'<span class="chip"><span style="display:inline-block;width:14px;vertical-align:middle">{small(*mark)}</span>'
+        f" {name}</span>"
         for name, mark in _MARKS.items()
     ]
 
-    def line(colour, dash):
-        return (
-            f'<span class="chip" style="border-left:2px {dash} '
-            f'{colour};height:13px;margin-right:4px;vertical-align:middle"></span>'
-        )
+    def line(colour, dash, name):
+        mark = f'<span style="border-left:2px {dash} {colour};margin:0 4px 0 7px"></span>'
+        return f'<span class="chip">{mark}{name}</span>'
 
     return (
         '<div class="soft marks"><span class="chip">bar: final</span>'
         + "".join(parts)
-        + line(plots.GREEN, "solid")
-        + '<span class="chip">global ζ (final)</span>'
-        + line(plots.PURPLE, "dashed")
-        + '<span class="chip">local (patches)</span></div>'
+        + line(plots.GREEN, "solid", "global ζ (final)")
+        + line(plots.PURPLE, "dashed", "local (patches)")
+        + "</div>"
     )
 
 # %% ../nbs/15f_draw.ipynb #7092564d

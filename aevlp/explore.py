@@ -432,6 +432,8 @@ body:has(.aevlp-explore) blockquote { margin: 0; padding: 0 8px }
   .aevlp-explore .main, .aevlp-explore .halves { grid-template-columns: minmax(0,
     1fr) } .aevlp-explore .side { columns: 1 } .aevlp-explore .keys { display: none }
   .aevlp-explore td.wide { width: 40% }
+  .aevlp-explore .lm-TabBar-content { flex-wrap: wrap }
+  .aevlp-explore .lm-TabBar-tab { flex: none !important }
 }
 </style>"""
 
@@ -489,12 +491,13 @@ def _make(self: Explore):
     for part in ("heat", "labels", "status", "found"):
         getattr(self, part).add_class(f"aevlp-{part}")
     self.sliders = _sliders(s.recipe, len(data.class_names))
+    found = [None, *s.siblings()]
     self.run = _menu(
-        [("no run", None), *[(f.name, f) for f in s.siblings()]],
+        [("no run", None), *[(f.name, f) for f in found[1:]]],
         "run",
         "a finished run of this data set: its model, its pseudo-labels of every epoch, its settings",
         "270px",
-        value=s.run,
+        index=found.index(s.run),
     )
     self.split = _menu(
         [k for k, v in data.splits.items() if len(v)],
@@ -589,7 +592,7 @@ def _make_views(self: Explore):
     self.hand = _button("Review these", "open the review with these images first, in this order", "check-square")
     self.review_place = widgets.VBox()
     self.opinion, self.epochs, self.curves = (widgets.HTML() for _ in range(3))
-    self.beside = _menu([("nothing", None)], "beside", "a second run of the same data set", "290px")
+    self.beside = _menu([("nothing", None)], "beside", "a second run of the same data set", "290px", index=0)
     self.params = widgets.Textarea(
         layout={"width": "420px", "height": "230px"},
         tooltip="parameters of a papermill run: `aevlp train` reads this file",

@@ -170,6 +170,7 @@ def _command(kind, notebook, port, temporary):
             f"--port={port}",
             "--token",
             "--no-browser",
+            "--VoilaConfiguration.allow_theme_override=YES",  # &theme=dark behind the address
             *(f"--VoilaConfiguration.extension_allowlist={name}" for name in _PAGE_NEEDS),
         ], ""
     _lab_page(temporary)

@@ -136,9 +136,9 @@ export default {render}
 # %% ../nbs/16b_review.ipynb #cfa7ffbc
 _REVIEW_CSS = """<style>
 .aevlp-review { container-type: inline-size; width: 100%; overflow: visible }
-.aevlp-review .review-grid { --tall: min(72vh, 720px) }
+.aevlp-review .review-grid { --tall: 72vh }
 .aevlp-review .review-grid { display: grid; grid-template-columns: minmax(0, 1.2fr) minmax(300px, 1fr); gap: 6px 18px;
-  max-width: 1200px; overflow: visible; align-items: start }
+  max-width: 1500px; overflow: visible; align-items: start }
 .aevlp-review .review-left, .aevlp-review .review-right { min-width: 0; overflow: visible; width: auto }
 .aevlp-review .aevlp-stage { overflow: hidden; margin: 0; touch-action: none; cursor: zoom-in }
 .aevlp-review .aevlp-stage:not(:has(.box)) .tip { display: none } /* of a patch that is no longer shown */
@@ -154,7 +154,7 @@ _REVIEW_CSS = """<style>
 .aevlp-switches b { flex: 1; font-weight: 500; overflow: hidden; text-overflow: ellipsis; white-space: nowrap }
 .aevlp-switches [aria-pressed=true] kbd { color: #222 }
 .aevlp-review .review-actions { flex-flow: row wrap; gap: 4px; overflow: visible; margin: 4px 0 }
-.aevlp-review .review-top { gap: 10px; overflow: visible; align-items: center; width: 100%; max-width: 1200px }
+.aevlp-review .review-top { gap: 10px; overflow: visible; align-items: center; width: 100%; max-width: 1500px }
 .aevlp-review table { max-width: 860px }
 .aevlp-review .widget-combobox { width: auto; max-width: 420px }
 @container (max-width: 640px) {

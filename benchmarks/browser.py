@@ -53,7 +53,7 @@ def chromium():
 def opened(browser, address, width=1366, height=768, theme="light", judged=False, **kw):
     """A tab in which the first picture is drawn, and with `judged` every picture of the split is known."""
     page = browser.new_page(viewport={"width": width, "height": height}, **kw)
-    page.set_default_timeout(300_000)
+    page.set_default_timeout(580_000)
     page.goto(f"{address}&theme={theme}", wait_until="commit")
     page.wait_for_selector(".aevlp-stage img[src^='data:'], [role=alert]")
     if said := page.locator("[role=alert]").all_inner_texts():

@@ -21,7 +21,7 @@ from common import cpu_name
 
 from aevlp import glyphs
 from aevlp.data import LabelledImages
-from aevlp.explore import Explore, Explorer
+from aevlp.explore import Explore, Explorer, open_state
 from aevlp.recipes import recipe
 from aevlp.table import Table
 
@@ -141,6 +141,7 @@ def measure(tab, class_name) -> dict:
 
 def main():
     rows = []
+    open_state("glyphs").table()  # as after one look at the split
     with tempfile.TemporaryDirectory() as folder, chromium() as browser:
         many = f"import sys\nsys.path.insert(0, {HERE!r})\nimport explorer\nexplorer.page({folder!r})"
         small = "from aevlp.explore import explore\nexplore('glyphs')"
@@ -149,6 +150,7 @@ def main():
                 tab = opened(browser, address, judged=True)
                 for action, (found, most) in measure(tab, class_name).items():
                     rows.append(dict(pictures=what, action=action, ms=round(found), aim=most))
+                    print(rows[-1], file=sys.stderr, flush=True)
                 tab.close()
     frame = pd.DataFrame(rows)
     print(frame.to_string(index=False))

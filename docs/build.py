@@ -199,6 +199,7 @@ def vendor(static):
 
 TUTORIALS = (
     "your_pictures",
+    "tour",
     "explore",
     "review",
     "look_at_100",

@@ -1,0 +1,73 @@
+"""Makes figures/screenshots anew, in a real Chromium, from the embedded benchmark; two minutes.
+
+python docs/screenshots.py [--out DIR]
+"""
+
+import argparse
+import sys
+import tempfile
+from io import BytesIO
+from pathlib import Path
+
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+from browser import chromium, opened, served  # noqa: E402
+
+from aevlp.explore import open_state  # noqa: E402
+
+SIZES = {"": (1366, 768), "-1920": (1920, 1080), "-390": (390, 844)}
+TABS = {"find": 1, "classes": 2, "matrix": 3, "map": 4, "errors": 5}
+
+
+def kept(page, path):
+    """The window as a PNG of 256 colours."""
+    page.mouse.move(0, 0)
+    page.wait_for_timeout(1500)  # pictures on their way
+    wide = page.evaluate("document.documentElement.scrollWidth - innerWidth")
+    if wide > 0:
+        print(f"{path.name}: the page is {wide} pixels wider than the window")
+    picture = Image.open(BytesIO(page.screenshot())).convert("RGB")
+    picture.quantize(256, kmeans=2).save(path, optimize=True)
+    print(path.name, flush=True)
+
+
+def explorer(browser, address, out, theme):
+    """The explorer in one theme: every tab at a laptop's size by day, the first at all sizes."""
+    page, dark = opened(browser, address, theme=theme, judged=True), "-dark" if theme == "dark" else ""
+    for size, (width, height) in SIZES.items():
+        page.set_viewport_size({"width": width, "height": height})
+        kept(page, out / f"explore{size}{dark}.png")
+    for name, n in TABS.items() if not dark else [("find", 1)]:
+        page.set_viewport_size({"width": 1366, "height": 768})
+        page.locator(".aevlp-explore .lm-TabBar-tab").nth(n).click()
+        kept(page, out / f"explore-{name}{dark}.png")
+    page.close()
+
+
+def reviewer(browser, address, out, theme):
+    """The review in one theme."""
+    dark = "-dark" if theme == "dark" else ""
+    page = opened(browser, address, theme=theme)
+    for size, (width, height) in SIZES.items():
+        page.set_viewport_size({"width": width, "height": height})
+        kept(page, out / f"review{size}{dark}.png")
+    page.close()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=ROOT / "figures/screenshots")
+    out = parser.parse_args().out
+    open_state("glyphs").table()  # so that no page has to wait for it
+    with tempfile.TemporaryDirectory() as folder, chromium() as browser:
+        review = f"from aevlp.review import review\nreview('glyphs', out='{folder}/reviewed.csv', split='val')"
+        for shoot, code in ((explorer, "from aevlp.explore import explore\nexplore('glyphs')"), (reviewer, review)):
+            with served(code) as address:
+                for theme in ("light", "dark"):
+                    shoot(browser, address, out, theme)
+
+
+if __name__ == "__main__":
+    main()
