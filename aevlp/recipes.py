@@ -173,6 +173,7 @@ def _s(name, source, *values, methods=(), fidelity=""):
 
 # %% ../nbs/09_recipes.ipynb #e1059719
 _GLYPHS = "glyphs: chosen on the validation split"
+_FOUR = (None,) * 4  # nothing else for the four data sets
 _OURS = "ours"
 _STEADY = _OURS + ": chosen on the validation split of glyphs"
 TRAINING = (
@@ -263,10 +264,14 @@ SINGLE = (
     _s("ll_delta", _LL + " (LL-Ct)", 0.2, 0.2, 0.2, 0.4, 0.5, methods=("ll-ct", "+ll-ct")),
     _s("ll_delta", _LL + " (LL-Cp)", 0.1, 0.2, 0.2, 0.2, 0.2, methods=("ll-cp",)),
     _s("ll_delta", "BoostLU code (config.py)", 0.5, methods=("boostlu-ll-r",)),
+    _s("ll_delta", _GLYPHS, *_FOUR, 0.2, methods=("ll-r", "ll-ct", "+ll-ct")),
+    _s("ll_delta", _GLYPHS, *_FOUR, 0.1, methods=("boostlu-ll-r",)),
     _s("boost_alpha", "BoostLU code (config.py)", 5.0),
     _s("role_lr_factor", "Cole et al. 2021 code", 10.0),
     _s("role_init", "Cole et al. 2021 code", 0.6),
     _s("mime_beta", _MIME, 1e-4),
+    _s("lr", _GLYPHS, *_FOUR, 1e-4, methods=("mime",)),
+    _s("head_lr", _GLYPHS, *_FOUR, 3e-4, methods=("mime",)),
     _s("mime_threshold", _MIME, 0.95),
     _s("mime_warmup", _MIME, 2, 2, 2, 5, 2),
     _s("mime_z", _MIME, 256, 256, 256, 256, 32),
@@ -276,6 +281,7 @@ SINGLE = (
     _s("mime_ffn", _MIME, 8192, 8192, 8192, 8192, 128),
     _s("mime_dropout", _MIME, 0.1),
     _s("smile_theta", _OURS + ": set nowhere for images", 1.0),
+    _s("smile_theta", _GLYPHS, *_FOUR, 3.0, methods=("smile",)),
     _s("smile_a", _OURS + ": set nowhere for images", 1.0),
     _s("smile_b", _OURS + ": set nowhere for images", 1.0),
     _s("smile_kl", "MIME code (losses.py, loss_smile)", 1e-5),
@@ -320,8 +326,8 @@ TOKENS = (
     _s("token_rule", "SCLIP (ECCV 2024), PIAA code; glyphs: its CLIP is a ResNet", "sclip"),
     _s("token_grid", _OURS + ": none are pooled", 0),
     _s("token_temperature", _JSON + " (temp), of views; " + _GLYPHS, 0.01, 0.01, 0.01, 0.1, 0.1),
-    _s("global_threshold", "as damp; " + _GLYPHS, None, None, None, None, 0.3, methods=("+tokens",)),
-    _s("global_threshold", "as damp; " + _GLYPHS, None, None, None, None, 0.1, methods=("+piaa",)),
+    _s("global_threshold", "as damp; " + _GLYPHS, *_FOUR, 0.3, methods=("+tokens",)),
+    _s("global_threshold", "as damp; " + _GLYPHS, *_FOUR, 0.1, methods=("+piaa",)),
     _s("piaa_tokens", _PIAA + _GLYPHS, 512, 512, 512, 512, 64),
     _s("piaa_sharpness", _PIAA + _GLYPHS, 60.0, 60.0, 60.0, 60.0, 20.0),
     _s("piaa_temperature", _PIAA + _GLYPHS, 500.0, 500.0, 500.0, 500.0, 1.0),

@@ -158,7 +158,7 @@ def _with_published(table, params, dataset) -> pd.DataFrame:
             taken[i] = True
             for c in numbers:
                 table.loc[table.index[i], c] = row[c]
-    return table.infer_objects().assign(published=taken)
+    return table.infer_objects().copy().assign(published=taken)
 
 
 def publish(
@@ -167,10 +167,14 @@ def publish(
     folder=None,  # of all runs
     out=None,  # default the file that tables are made from where runs are missing
 ) -> Path:
-    "The finished runs of some sweeps in one table, a line a run: what was asked, what came out, of which commit."
+    "Add the finished runs of some sweeps to a table, a line a run: what was asked, what came out, of which commit."
     path = Path(out or figures_root() / "reference" / dataset / "results.csv")
     made = pd.concat([rows(spec, dataset, folder=folder) for spec in specs])
     made = made[made.run.notna()].drop_duplicates("key").reindex(columns=PUBLISHED)
+    if path.is_file():
+        made = pd.concat([made, pd.read_csv(path)], ignore_index=True)
+        made = made[~made.apply(_asked, axis=1).duplicated()]
+    made = made.sort_values([*ASKED], kind="stable", na_position="first")
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, made.to_csv(index=False, float_format="%.6g"))
     return path
@@ -405,9 +409,9 @@ def passes(
 def _best_of_three(work, pictures) -> float:  # milliseconds a picture
     spent = []
     for _ in range(3):
-        began = time.perf_counter()
+        began = time.process_time()  # other work on this machine does not count
         work()
-        spent.append(time.perf_counter() - began)
+        spent.append(time.process_time() - began)
     return 1000 * min(spent) / pictures
 
 
@@ -417,7 +421,7 @@ def milliseconds(
     kinds,  # of 'classifier' and the names of scorers
     pictures: int = 64,
 ) -> dict:  # kind -> milliseconds a picture
-    "What a prediction takes on this machine, decoding left out."
+    "What a prediction takes of one core of this machine, decoding left out."
     import torch
 
     from aevlp import models, scorers, train
