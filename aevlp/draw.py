@@ -150,8 +150,8 @@ _STAGE_CSS = """
 .aevlp-stage .box:hover .over { stroke-width: 4px }
 .aevlp-stage .selected .over { stroke: #E69F00; stroke-width: 5px }
 .aevlp-stage .selected .under { stroke-width: 8px }
-.aevlp-app .aevlp-stage text { font-family: sans-serif; font-weight: 700; fill: black; stroke: white; stroke-width: 0.25em;
-  paint-order: stroke; pointer-events: none }
+.aevlp-app .aevlp-stage text { font-family: sans-serif; font-weight: 700; fill: black; stroke: white;
+  stroke-width: 0.25em; paint-order: stroke; pointer-events: none }
 .aevlp-stage .tip { position: absolute; left: 6px; bottom: 6px; background: rgba(0,0,0,.82); color: white;
   padding: 6px 9px;
   border-radius: 4px; font: 12px/1.45 sans-serif; white-space: pre; pointer-events: none }
