@@ -12,6 +12,7 @@ __all__ = ['FORMATS', 'MAX_PIXELS', 'MAX_BYTES', 'SMALL_PIXELS', 'OBSERVATIONS',
 import difflib
 import hashlib
 import json
+import math
 import os
 import secrets
 import stat
@@ -55,7 +56,10 @@ class progress:
     ):
         self.iterable, self.kw, self.n, self.bar = iterable, {"desc": desc, "leave": False, **kw}, 0, None
         self.total = len(iterable) if total is None and hasattr(iterable, "__len__") else total
-        self.appears, self.postfix = time.monotonic() + 2, None
+        page = os.environ.get("SERVER_SOFTWARE", "").startswith(
+            "voila"
+        )  # drawn when all is done: no bar is left
+        self.appears, self.postfix = math.inf if page else time.monotonic() + 2, None
 
     def update(self, n: int = 1):
         "n further steps are done."
