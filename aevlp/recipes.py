@@ -583,7 +583,7 @@ def _check(key, value):
     if key in _CHOICES and value not in _CHOICES[key]:
         raise AevlpError(f"{key}={value!r} should be one of {', '.join(map(str, _CHOICES[key]))}.")
     if key == "with_clip" and value:
-        from .registry import scorers
+        from aevlp.registry import scorers
 
         if value not in scorers():
             raise AevlpError(f"with_clip={value!r} should be empty or one of {', '.join(scorers())}.")
