@@ -779,6 +779,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'aevlp.report._given_measures': ('report.html#_given_measures', 'aevlp/report.py'),
                               'aevlp.report._headline': ('report.html#_headline', 'aevlp/report.py'),
                               'aevlp.report._number': ('report.html#_number', 'aevlp/report.py'),
+                              'aevlp.report._opinions': ('report.html#_opinions', 'aevlp/report.py'),
                               'aevlp.report._over_pictures': ('report.html#_over_pictures', 'aevlp/report.py'),
                               'aevlp.report._over_seeds': ('report.html#_over_seeds', 'aevlp/report.py'),
                               'aevlp.report._own': ('report.html#_own', 'aevlp/report.py'),

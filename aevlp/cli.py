@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['app', 'data_app', 'bank_app', 'Dataset', 'Root', 'Csv', 'Separator', 'Seeds', 'Set', 'Json', 'Fidelity', 'Workers',
-           'Run', 'Tracker', 'Reviewed', 'Port', 'Browser', 'AnyData', 'AnyRoot', 'On', 'Review', 'Out', 'Split',
-           'Order', 'demo', 'train', 'sweep', 'results', 'report', 'compare', 'figure', 'methods', 'recipe',
+           'Run', 'Tracker', 'Reviewed', 'Truth', 'Port', 'Browser', 'AnyData', 'AnyRoot', 'On', 'Review', 'Out',
+           'Split', 'Order', 'demo', 'train', 'sweep', 'results', 'report', 'compare', 'figure', 'methods', 'recipe',
            'data_check', 'data_fetch', 'bank_ls', 'bank_import', 'bank_verify', 'bank_rm', 'predict', 'export', 'card',
            'lab', 'voila', 'main']
 
@@ -90,6 +90,9 @@ Tracker = Annotated[str | None, typer.Option(help="tensorboard, wandb, ...: curv
 
 
 Reviewed = Annotated[Path | None, typer.Option(help="Decisions of `aevlp app --review`.")]
+Truth = Annotated[
+    Path | None, typer.Option("--reviewed", help="Decisions of `aevlp app --review`: all labels of those pictures.")
+]
 
 
 def _track(name):
@@ -112,7 +115,7 @@ def demo(seeds: Annotated[int, typer.Option(min=1, help="How many.")] = 1, worke
     epilog=_example(
         "train --method aevlp --seed 1 --set grid=3",
         "train --dataset voc --root DIR --method gr",
-        "train --tracker tensorboard",
+        "train --root photos/ --csv labels.csv --reviewed reviewed.csv",
     )
 )
 def train(
@@ -124,6 +127,7 @@ def train(
     fidelity: Fidelity = "paper",
     observation: Annotated[str | None, typer.Option(help="How labels are observed, as size or 'uniform, k=2'.")] = None,
     separator: Separator = None,
+    reviewed: Truth = None,
     set_: Set = None,
     force: Annotated[bool, typer.Option(help="Make a finished run again.")] = False,
     tracker: Tracker = None,
@@ -142,6 +146,7 @@ def train(
         observation=observation,
         overrides=recipes.parse_overrides(set_ or []),
         separator=separator,
+        reviewed=reviewed,
         force=force,
     )
     typer.echo(folder)
@@ -153,6 +158,8 @@ def sweep(
     dataset: Annotated[str | None, typer.Option(help="Instead of those in the file.")] = None,
     root: Root = None,
     csv: Csv = None,
+    separator: Separator = None,
+    reviewed: Truth = None,
     seeds: Seeds = None,
     set_: Set = None,
     workers: Workers = None,
@@ -178,6 +185,8 @@ def sweep(
         scheduler,
         dry_run=dry_run,
         show=not as_json,
+        separator=separator,
+        reviewed=reviewed,
     )
     _show(table, as_json, index=False)
     if dry_run and not as_json:
@@ -503,7 +512,7 @@ Split = Annotated[str | None, typer.Option(help="With --review: train, val or te
 Order = Annotated[str | None, typer.Option(help="With --review: uncertain, weighted or random.")]
 
 
-def _serve(kind, dataset, root, csv, run, set_, review, out, split, order, port, browser):
+def _serve(kind, dataset, root, csv, separator, run, set_, review, out, split, order, port, browser):
     "Open a page until it is ended."
     typer.echo("looking at what is given …", err=True)
     for name, value in (("--out", out), ("--split", split), ("--order", order)):
@@ -515,7 +524,7 @@ def _serve(kind, dataset, root, csv, run, set_, review, out, split, order, port,
         raise typer.BadParameter(f"--order {order} should be uncertain, weighted or random")
     from aevlp import pages, recipes
 
-    given = pages.checked(dataset, root, csv, run, recipes.parse_overrides(set_ or []))
+    given = pages.checked(dataset, root, csv, run, recipes.parse_overrides(set_ or []), separator=separator)
     decisions = (
         dict(out=str((out or Path("reviewed.csv")).absolute()), split=split or "train", order=order) if review else None
     )
@@ -535,6 +544,7 @@ def lab(
     dataset: AnyData = None,
     root: AnyRoot = None,
     csv: Csv = None,
+    separator: Separator = None,
     run: On = None,
     set_: Set = None,
     review: Review = False,
@@ -545,7 +555,7 @@ def lab(
     browser: Browser = True,
 ):
     "JupyterLab on the explorer, or on the review of labels."
-    _serve("jupyterlab", dataset, root, csv, run, set_, review, out, split, order, port, browser)
+    _serve("jupyterlab", dataset, root, csv, separator, run, set_, review, out, split, order, port, browser)
 
 
 @app.command(
@@ -555,6 +565,7 @@ def voila(
     dataset: AnyData = None,
     root: AnyRoot = None,
     csv: Csv = None,
+    separator: Separator = None,
     run: On = None,
     set_: Set = None,
     review: Review = False,
@@ -565,7 +576,7 @@ def voila(
     browser: Browser = True,
 ):
     "The explorer, or the review of labels, as a page of its own."
-    _serve("voila", dataset, root, csv, run, set_, review, out, split, order, port, browser)
+    _serve("voila", dataset, root, csv, separator, run, set_, review, out, split, order, port, browser)
 
 # %% ../nbs/17_cli.ipynb #e48d307f
 def _warn(message, category, filename, lineno, file=None, line=None):

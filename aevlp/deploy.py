@@ -42,7 +42,8 @@ def unchanged(
     except AevlpError as e:
         return None, f"its data cannot be read today: {e}"
     if list(data.class_names) != settings["class_names"] or data.fingerprint != settings["fingerprint"]:
-        return None, f"{params.get('csv') or params.get('root') or data.name} has changed since the run was made"
+        what = " or ".join(filter(None, (params.get("csv") or params.get("root") or data.name, params.get("reviewed"))))
+        return None, f"{what} has changed since the run was made"
     return data, None
 
 

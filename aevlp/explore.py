@@ -1462,6 +1462,7 @@ def open_state(
     run=None,  # folder of a run: its data, recipe, labels and model
     overrides=None,  # fields of the recipe by name; the rest is the run's, or AEVLP's for this data set
     split="train",  # the split to browse
+    separator=None,  # of labels in a cell of the CSV
 ) -> Explorer:  # on the first image
     "What a page is about."
     if run is not None:
@@ -1473,6 +1474,7 @@ def open_state(
             "root": root or (csv and str(Path(csv).parent)),
             "csv": csv,
             "fidelity": "paper",
+            "separator": separator,
             "recipe": {},
         }
     data = dataset if isinstance(dataset, LabelledImages) else runs.load_data(params)
@@ -1480,7 +1482,12 @@ def open_state(
         data.name, params["method"], params["fidelity"], data=data, **(params["recipe"] | (overrides or {}))
     )
     return Explorer(
-        data, recipe, split, run, params.get("seed", 0), source={k: params[k] for k in ("root", "csv") if params.get(k)}
+        data,
+        recipe,
+        split,
+        run,
+        params.get("seed", 0),
+        source={k: params[k] for k in ("root", "csv", "separator") if params.get(k)},
     )
 
 
@@ -1491,6 +1498,7 @@ def explore(
     run=None,  # folder of a finished run: its labels and its model beside
     overrides=None,  # fields of the recipe by name, where the sliders start
     folder=".",  # where exports are written
+    separator=None,  # of labels in a cell of the CSV
 ) -> Explore:  # shown by the notebook
     "Open the explorer."
-    return Explore(open_state(dataset, root, csv, run, overrides), folder)
+    return Explore(open_state(dataset, root, csv, run, overrides, separator=separator), folder)

@@ -704,6 +704,8 @@ def table(
 
 def _own(name, paths, classes, observed, truth, splits, notes, extra=None) -> LabelledImages:
     "Own pictures, with what is to be said of them."
+    if wrong := next(filter(None, map(wrong_name, classes)), None):  # of a list of classes, some without a picture
+        raise AevlpError(f"{name}: {wrong}")
     if all(c.lstrip("-").isdigit() for c in classes):
         notes = [*notes, f"the classes are called by numbers ({', '.join(classes[:3])}); CLIP reads names: give words"]
     notes = [*notes, *(f"classes that look alike: {', '.join(group)}" for group in look_alike(classes))]

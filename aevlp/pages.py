@@ -23,7 +23,7 @@ from pathlib import Path
 
 import psutil
 
-from . import recipes, runs
+from . import own, ready, recipes, runs
 from .data import AevlpError
 
 # %% ../nbs/15e_pages.ipynb #2446742f
@@ -35,14 +35,15 @@ def checked(
     run=None,  # folder, name, or beginning of the name of a run
     overrides=None,  # fields of the recipe
     folder=None,  # of all runs
-) -> dict:  # dataset, root, csv, run, overrides as a page takes them
+    separator=None,  # of labels in a cell of the CSV
+) -> dict:  # dataset, root, csv, run, overrides and, where it is given, separator, as a page takes them
     "What a page is about, or one sentence that says why it cannot be."
     if run is not None:
         run = runs.find(run, folder)
         params = runs.read_params(run)
         if (state := runs.status(run)["state"]) != "done":
             raise AevlpError(f"run {run.name} is {state}; finish it with `aevlp train`, then open it")
-        dataset, root, csv = (params.get(k) for k in ("dataset", "root", "csv"))
+        dataset, root, csv, separator = (params.get(k) for k in ("dataset", "root", "csv", "separator"))
     from aevlp import datasets
 
     def absolute(p):
@@ -55,10 +56,14 @@ def checked(
     given["dataset"] = name = datasets.resolve(dataset, given["root"], given["csv"])
     if csv and not root:
         given["root"] = str(Path(given["csv"]).parent)
-    own = (
-        None if name in recipes.DATASETS else datasets.load(name, **{k: given[k] for k in ("root", "csv") if given[k]})
-    )
-    recipes.recipe(name, "aevlp", data=own, **given["overrides"])
+    given |= {"separator": separator} if separator else {}
+    about = params if run is not None else dict(given, method="aevlp", fidelity="paper", recipe={})
+    data = None if name in recipes.DATASETS else runs.load_data(about)
+    chosen = about["recipe"] | given["overrides"]
+    recipe = recipes.recipe(name, about["method"], about["fidelity"], data=data, **chosen)
+    ready.weights(vars(recipe), "clip")  # the page asks CLIP; a run brings its classifier
+    if data is not None:
+        own.stumble(data)
     return given
 
 # %% ../nbs/15e_pages.ipynb #59c1abb8

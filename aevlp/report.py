@@ -221,17 +221,28 @@ def _pseudo(f) -> str:
 # %% ../nbs/15f_report.ipynb #61e5e46f
 def _beside(f) -> str:
     "The student, CLIP alone, and both together."
-    rows = [
-        ("the classifier", "test_map", "val_map"),
-        ("CLIP alone", "clip_test_map", "clip_val_map"),
-        ("both together", "fused_test_map", "fused_val_map"),
-    ]
-    if f.metrics.get("clip_test_map") is None and f.metrics.get("fused_test_map") is None:
+    measure, found = _opinions(f)
+    if not found:
         return ""
-    lines = [[title, _number(f.metrics.get(val)), _number(f.metrics.get(test))] for title, test, val in rows]
+    titles = {"": "the classifier", "clip_": "CLIP alone", "fused_": "both together"}
+    lines = [[titles[who], *map(_number, values)] for who, values in found.items()]
     weight = f.metrics.get("fusion_weight")
-    note = "" if weight is None else f"<p class=quiet>CLIP's logit counts {weight:g} times, chosen on validation.</p>"
-    return table(["mAP (%)", "validation", "test"], lines) + note
+    how = "chosen on validation" if measure == "map" else "as no clean validation picture chooses another weight"
+    note = "" if weight is None else f"<p class=quiet>CLIP's logit counts {weight:g} times, {how}.</p>"
+    return table([f"{MEASURES[measure]} (%)", "validation", "test"], lines) + note
+
+
+def _opinions(f) -> tuple:  # measure, {'', 'clip_', 'fused_': (validation, test)}; nothing where CLIP was not asked
+    "Classifier, CLIP and both by mAP, or by the given labels where no test picture has its truth."
+    for measure in ("map", "auc_observed"):
+        found = {
+            who: [f.metrics.get(f"{who}{split}_{measure}") for split in ("val", "test")] for who in ("clip_", "fused_")
+        }
+        if any(values[1] is not None for values in found.values()):
+            own = [((f.metrics.get(split) or {}).get(measure) or [None])[0] for split in ("val", "test")]
+            own = [f.metrics.get(f"{s}_map") for s in ("val", "test")] if measure == "map" else own
+            return measure, {"": own} | found
+    return None, {}
 
 
 def table(
@@ -503,9 +514,13 @@ def _about_pseudo(f) -> list:
 
 def _about_fusion(f) -> list:
     "Whether CLIP's opinion helps at prediction."
-    fused, alone, clip = (f.metrics.get(k) for k in ("fused_test_map", "test_map", "clip_test_map"))
+    measure, found = _opinions(f)
+    alone, clip, fused = (found.get(who, (None, None))[1] for who in ("", "clip_", "fused_"))
     if fused is not None and alone is not None and fused - alone > 1:
-        return [f"With CLIP's opinion the test mAP is {fused:.1f} instead of {alone:.1f}: use both when predicting."]
+        return [
+            f"With CLIP's opinion the test {MEASURES[measure]} is {fused:.1f} instead of {alone:.1f}: use both, "
+            "`aevlp predict --with-clip`."
+        ]
     if clip is not None and alone is not None and clip - alone > 1:
         return [f"CLIP without training reaches {clip:.1f}, the classifier {alone:.1f}: it lacks what CLIP knows."]
     return []

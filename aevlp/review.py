@@ -514,11 +514,12 @@ def review(
     split="train",  # the split to begin with
     order=None,  # one of ORDERS; default the uncertain first for training pictures, else a weighted sample
     first=(),  # names of pictures to look at before all others
+    separator=None,  # of labels in a cell of the CSV
 ) -> ReviewPage:  # shown by the notebook
     "Open the review of a data set."
     if order is not None and order not in ORDERS:
         raise AevlpError(f"order {order!r} is not known; choose one of {', '.join(ORDERS)}")
-    state = open_state(dataset, root, csv, run, overrides, split)
+    state = open_state(dataset, root, csv, run, overrides, split, separator)
     data = state.data
     return ReviewPage(
         state, Review(out, names_of(data, state.source.get("root")), data.class_names, data.splits), order, first

@@ -252,11 +252,24 @@ def with_truth(
     data,  # labelled images
     notes,  # a `Review` of them
 ):
-    "The data with the reviewed pictures as all the truth there is."
-    truth, at = np.full((len(data), len(data.class_names)), -1, np.int8), {n: i for i, n in enumerate(notes.names)}
+    "The data with all labels of the reviewed pictures known: the truth to measure by, and labels to train on."
+    truth = np.full(data.observed.shape, -1, np.int8) if data.truth is None else data.truth.copy()
+    observed, at = data.observed.copy(), {n: i for i, n in enumerate(notes.names)}
     for name, labels in notes.rows.items():
         truth[at[name]] = labels
-    return replace(data, truth=truth)
+        if notes.split.get(name) == "train":  # what is given of the others goes on to measure what single labels say
+            observed[at[name]] = np.where(labels == 1, 1, -1)
+    known = {s: sum(notes.split[n] == s for n in notes.rows) for s in data.splits}
+    counts = [f"{k} of {len(data.splits[s])} {s}" for s, k in known.items() if k]
+    said = [f"{notes.path.name}: all labels of {' and '.join(counts) or 'no'} pictures are known from it"]
+    if known.get("val") or known.get("test"):
+        said.append(
+            f"mAP is measured on the reviewed pictures; `aevlp results --reviewed {notes.path.name}` estimates that of "
+            "the whole split"
+        )
+    return replace(
+        data, truth=truth, observed=observed, extra=data.extra | {"notes": (*data.extra.get("notes", ()), *said)}
+    )
 
 
 def open_file(

@@ -85,6 +85,7 @@ def run_params(
     observation=None,  # how labels are observed; default one uniform positive, of own pictures those given
     overrides: dict | None = None,  # fields of the recipe
     separator: str | None = None,  # of labels in a cell of `csv`; default recognised
+    reviewed=None,  # CSV of a review of these pictures: all labels of those in it are known
 ) -> dict:
     "All parameters of a run, the recipe resolved; a clear error before anything starts."
     if dataset is not None and dataset not in datasets.names():
@@ -92,7 +93,9 @@ def run_params(
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
         raise AevlpError(f"seed={seed!r} should be a whole number from 0")
     dataset = datasets.resolve(dataset, root, csv)
-    root, csv = (str(Path(p).expanduser().absolute()) if p else None for p in (root, csv))
+    if reviewed and dataset in recipes.DATASETS:
+        raise AevlpError(f"the labels of {dataset} are known: a review is used with pictures of your own only")
+    root, csv, reviewed = (str(Path(p).expanduser().absolute()) if p else None for p in (root, csv, reviewed))
     params = dict(
         dataset=dataset,
         method=registry.get(method).name,
@@ -101,7 +104,7 @@ def run_params(
         csv=csv,
         fidelity=fidelity,
         observation=observation,
-    ) | (dict(separator=separator) if separator else {})
+    ) | {k: v for k, v in dict(separator=separator, reviewed=reviewed).items() if v}
     for key in overrides or {}:
         if not isinstance(key, str):
             raise AevlpError(f"an override's name should be text, not {reprlib.repr(key)}")
@@ -117,6 +120,7 @@ def run_params(
 
 
 _READ = ("root", "csv", "observation", "separator")  # what `datasets.load` is told
+_DATA = ("dataset", "fidelity", *_READ, "reviewed")  # what decides the labelled pictures
 
 
 _read = ContextVar("read", default=None)
@@ -140,7 +144,7 @@ def load_data(
     kept = _read.get()
     if kept is None:
         return _load_data(params)
-    name = json.dumps([params.get(k) for k in ("dataset", "fidelity", *_READ)])
+    name = json.dumps([params.get(k) for k in _DATA])
     name += str(params.get("seed")) if params["dataset"] == "glyphs" else ""
     if name not in kept:
         kept[name] = _load_data(params)
@@ -151,7 +155,12 @@ def _load_data(params):
     given = {k: params[k] for k in _READ if params.get(k)}
     if params["dataset"] == "glyphs":  # its single labels are drawn anew per seed; seed 0 has the field's draw
         given.setdefault("observation", f"uniform, seed={1200 + params.get('seed', 0)}")
-    return datasets.load(params["dataset"], fidelity=params["fidelity"], **given)
+    data = datasets.load(params["dataset"], fidelity=params["fidelity"], **given)
+    if not params.get("reviewed"):
+        return data
+    from . import reviewed  # measures runs, so it builds on this module
+
+    return reviewed.with_truth(data, reviewed.open_file(params["reviewed"], data, params.get("root")))
 
 # %% ../nbs/15_runs.ipynb #50c31411
 def _digest(params, keys) -> str:
@@ -835,6 +844,8 @@ _PARAMS = dict(
     fidelity=_TEXT,
     recipe=(dict,),
     observation=(str, dict, type(None)),
+    separator=_MAYBE,
+    reviewed=_MAYBE,
     overrides=(dict, type(None)),
 )
 
@@ -985,7 +996,7 @@ _KEYS = dict(
     metric=str,
 )
 _ROW = dict(label=str, method=str, overrides=dict, paper=dict, only=list, without=list)
-_DATASET = dict(name=str, root=str, csv=str, observation=(str, dict))
+_DATASET = dict(name=str, root=str, csv=str, observation=(str, dict), separator=str, reviewed=str)
 
 
 def _known_keys(where, given, allowed):
@@ -1043,6 +1054,8 @@ def expand(
     csv=None,  # labels of that data set
     seeds=None,  # instead of the sweep's own
     overrides=None,  # on top of every run's own
+    separator=None,  # of labels in a cell of that CSV
+    reviewed=None,  # CSV of a review of its pictures
 ) -> pd.DataFrame:  # label, dataset, method, seed, run, key, params, paper
     "The runs of a sweep, each once, in the order of the file."
     spec, planned = load_spec(spec), []
@@ -1057,6 +1070,8 @@ def expand(
             csv=where.get("csv") or csv,
             observation=where.get("observation") or spec.get("observation"),
             fidelity=spec.get("fidelity", "paper"),
+            separator=where.get("separator") or separator,
+            reviewed=where.get("reviewed") or reviewed,
         )
         if place["root"] or place["csv"]:
             place["dataset"] = datasets.resolve(place["dataset"], place["root"], place["csv"])
@@ -1351,10 +1366,14 @@ def sweep(
     dry_run: bool = False,  # only list them
     notebook: str = "train",
     show: bool = True,  # the live board
+    separator: str | None = None,  # of labels in a cell of the CSV
+    reviewed=None,  # CSV of a review of its pictures: their labels are known
 ) -> pd.DataFrame:  # label, dataset, method, seed, run, state, and the error, or a dry run's estimates
     "Make all runs of a sweep that are not made yet."
     runs = Path(runs or runs_root()).absolute()
-    plan = spec if isinstance(spec, pd.DataFrame) else expand(spec, dataset, root, csv, seeds, overrides)
+    plan = spec
+    if not isinstance(spec, pd.DataFrame):
+        plan = expand(spec, dataset, root, csv, seeds, overrides, separator, reviewed)
     if dry_run:
         return estimate(plan, runs)
     params = dict(zip(plan.run, plan.params, strict=True))
@@ -1378,9 +1397,9 @@ def sweep(
 # %% ../nbs/15_runs.ipynb #ca18e326
 def _check_data(todo):
     "Every data set of the runs is read once: what is wrong is said before anything starts, what is missing is drawn."
-    keys, loaded = ("dataset", "fidelity", *_READ), {}
+    loaded = {}
     for params in todo.values():
-        key = json.dumps([params.get(k) for k in keys])
+        key = json.dumps([params.get(k) for k in _DATA])
         loaded[key] = loaded.get(key) or load_data(params)
         ready.check(params, loaded[key])
 

@@ -14,7 +14,7 @@ from torch import nn
 from .damp import aggregate, local_threshold
 from .data import AevlpError, LabelledImages, nearest
 from .eyes import Eyes, clip_of, eyes_of, prototypes, token_views
-from .metrics import average_precision
+from .metrics import auc_observed, average_precision
 from .vlm import dense_tokens, similarities, text_prototypes
 
 # %% ../nbs/09c_scorers.ipynb #1d365bda
@@ -294,9 +294,10 @@ def beside_clip(
 
     numbers = dict(with_clip=name, fusion_weight=weight)
     for split, p in probs.items():
-        numbers |= {
-            f"clip_{split}_map": score(clip[split], split),
-            f"fused_{split}_map": score(fuse(p, clip[split], weight), split),
-        }
+        both, given = fuse(p, clip[split], weight), data.observed[data.splits.get(split, np.empty(0, np.int64))]
+        for who, said in (("clip", clip[split]), ("fused", both)):
+            auc = 100 * auc_observed(said, given)  # what can be said where no truth is known
+            numbers[f"{who}_{split}_map"] = score(said, split)
+            numbers[f"{who}_{split}_auc_observed"] = None if np.isnan(auc).all() else float(np.nanmean(auc))
     arrays = dict(scorer=name, weight=weight, probs=clip["test"], val_probs=clip["val"])
     return numbers, arrays | {f"scorer_{k}": v.numpy() for k, v in scorer.weights().items()}
