@@ -266,6 +266,30 @@ def test_what_no_page_opens_on_is_said_before_a_server_starts(photos, capsys, mo
     assert (code, out) == (2, "") and said in err and "Traceback" not in err
 
 
+def test_what_a_page_needs_is_looked_for_before_a_server_starts(photos, capsys, monkeypatch):
+    import nbformat
+
+    from aevlp import pages, ready
+
+    opened = []
+    monkeypatch.setattr(pages, "serve", lambda kind, notebook, *_: opened.append(notebook) or 0)
+    rows = (photos / "labels.csv").read_text().splitlines()
+    (photos / "lists.csv").write_text("\n".join([rows[0], f"{rows[1]}/anchor", *rows[2:]]) + "\n")
+    code, _, err = call(capsys, "lab", "--images", "photos", "--csv", "lists.csv", "--separator", "/", *PAGES[4:])
+    assert code == 0, err
+    assert 'separator = "/"' in nbformat.read(opened[0], 4).cells[0].source
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HUB_CACHE", str(photos / "none"))
+    monkeypatch.setenv("HOME", str(photos))
+    ready.network.cache_clear()
+    code, _, err = call(capsys, "app", *PAGES[:4])
+    assert code == 2 and "ViT-B-16 (openai) are not on this machine" in err and "--set clip_weights=FILE" in err
+    ready.network.cache_clear()
+    (photos / "photos/3.png").write_bytes((photos / "photos/3.png").read_bytes()[:99])
+    code, _, err = call(capsys, "lab", *PAGES)
+    assert code == 2 and "3.png" in err and len(opened) == 1
+
+
 def test_it_is_said_within_three_seconds(photos):
 
     began = time.monotonic()

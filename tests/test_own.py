@@ -376,6 +376,42 @@ def test_a_key_follows_labels_and_pictures_and_not_their_place(pics):
     assert len({first, edited, name(), name(moved)}) == 3
 
 
+@pytest.mark.parametrize("name", ["image", "Label", "labels", "split"])
+def test_names_of_columns_are_no_classes_in_any_reader(pics, name, tmp_path):
+    """Every reader says the same sentence, and a CSV the line too."""
+    said = f"no class can be called '{name}'"
+    with pytest.raises(AevlpError, match=f"line 3: {said}"):
+        read(pics, rows(["a", name, *"ababab"]))
+    with pytest.raises(AevlpError, match=said):
+        read(pics, rows("abababab"), classes=["a", "b", name])
+    for i in range(6):
+        picture(tmp_path / f"tree/{name if i % 2 else 'cat'}/{i}.png")
+    with pytest.raises(AevlpError, match=said):
+        load("folders", tmp_path / "tree")
+    things = [{"id": i, "name": n} for i, n in enumerate(("cat", name))]
+    images = [{"id": i, "file_name": f"{i:02d}.png"} for i in range(8)]
+    marks = [{"id": i, "image_id": i, "category_id": i % 2} for i in range(8)]
+    (tmp_path / "coco.json").write_text(json.dumps(dict(images=images, annotations=marks, categories=things)))
+    with pytest.raises(AevlpError, match=said):
+        load("own-coco", pics, csv=tmp_path / "coco.json")
+    (tmp_path / "voc/Annotations").mkdir(parents=True)
+    shutil.copytree(pics, tmp_path / "voc/JPEGImages")
+    for i in range(8):
+        words = f"<annotation><filename>{i:02d}.png</filename><object><name>{name}</name></object></annotation>"
+        (tmp_path / f"voc/Annotations/{i:02d}.xml").write_text(words)
+    with pytest.raises(AevlpError, match=said):
+        load("own-voc", tmp_path / "voc")
+
+
+def test_the_old_name_of_the_module_goes_on():
+    import aevlp
+    from aevlp import benchmarks, datasets
+
+    assert benchmarks is datasets
+    with pytest.raises(AttributeError, match="no attribute 'bench'"):
+        aevlp.bench  # noqa: B018
+
+
 def test_a_root_means_own_pictures_and_is_never_drawn_into(pics):
     read(pics, rows("abababab"))
     before = sorted(os.listdir(pics))

@@ -179,6 +179,11 @@ def test_reviewed_pictures_are_all_the_truth_there_is(made, notes):
     rows = [notes.names.index(n) for n in notes.rows]
     assert (known.truth[rows] == truth[rows]).all() and (np.delete(known.truth, rows, 0) == -1).all()
     assert [known.clean(s).sum() for s in ("train", "val", "test")] == [10, 10, 10]
+    seen = [i for i in rows if i in set(data.splits["train"])]
+    assert (known.observed[seen] == 2 * truth[seen] - 1).all(), "labels to train on"
+    assert (np.delete(known.observed, seen, 0) == np.delete(data.observed, seen, 0)).all()
+    (said, measured) = known.extra["notes"][-2:]
+    assert "10 of 30 train and 10 of 15 val and 10 of 15 test" in said and "results --reviewed" in measured
 
 
 def call(capsys, *arguments):
@@ -203,6 +208,36 @@ def test_the_commands(made, notes, capsys, monkeypatch):
     assert code == 0 and "000.png" in out, err
     code, _, err = call(capsys, "predict", "plain", pictures, "--reviewed", notes.path, "--threshold", "0.5")
     assert code == 2 and "either" in err
+
+
+def test_train_takes_a_review_as_labels(made, notes, capsys, monkeypatch, tmp_path):
+    folder, data, truth = made
+    monkeypatch.setenv("AEVLP_RUNS", str(tmp_path / "runs"))
+    for i in data.splits["val"]:
+        notes.decide(notes.names[i], truth[i])
+    small = ["backbone=glyphnet", "backbone_weights=none", "image_size=32", "workers=0", "epochs=2"]
+    own = ["--root", folder / "pictures", "--csv", folder / "labels.csv", "--reviewed", notes.path]
+    own += [word for given in small for word in ("--set", given)]
+    code, out, err = call(capsys, "train", "--method", "an", *own)
+    assert code == 0, err
+    run = runs.find(out.split()[-1])
+    said, kept = json.loads((run / "metrics.json").read_text()), np.load(run / "predictions.npz")
+    rows = [i for i, k in enumerate(kept["ids"]) if notes.names[k] in notes.rows]
+    known, probs = truth[kept["ids"][rows]], kept["probs"][rows]
+    some = known.any(0)
+    assert len(rows) == 10 and said["select_by"] == "map" and set(said["per_class_n"].values()) == {10}
+    wanted = 100 * average_precision_score(known[:, some], probs[:, some], average="macro")
+    assert said["test_map"] == pytest.approx(wanted, abs=1e-3) and said["val_map"] is not None
+    key = runs.run_key(runs.read_params(run))
+    notes.decide(notes.names[data.splits["val"][0]], 1 - truth[data.splits["val"][0]])
+    (tmp_path / "two.yaml").write_text("{name: two, methods: [an], seeds: [0, 1]}")
+    code, out, err = call(capsys, "sweep", tmp_path / "two.yaml", *own, "--dry-run", "--json")
+    planned = [r["run"] for r in json.loads(out)]
+    assert code == 0 and len(planned) == 2 and not any(n.endswith(key) for n in planned), "one decision, another run"
+    code, _, err = call(capsys, "train", "--dataset", "glyphs", "--reviewed", notes.path)
+    assert code == 2 and "the labels of glyphs are known" in err
+    code, _, err = call(capsys, "train", *own, "--reviewed", folder / "nothing.csv")
+    assert code == 2 and "no such file" in err
 
 
 def test_a_file_of_other_data_is_refused(made, notes, tmp_path):
