@@ -56,9 +56,7 @@ class progress:
     ):
         self.iterable, self.kw, self.n, self.bar = iterable, {"desc": desc, "leave": False, **kw}, 0, None
         self.total = len(iterable) if total is None and hasattr(iterable, "__len__") else total
-        page = os.environ.get("SERVER_SOFTWARE", "").startswith(
-            "voila"
-        )  # drawn when all is done: no bar is left
+        page = os.environ.get("SERVER_SOFTWARE", "").startswith("voila")  # drawn when all is done: no bar is left
         self.appears, self.postfix = math.inf if page else time.monotonic() + 2, None
 
     def update(self, n: int = 1):
