@@ -18,6 +18,7 @@ import evaluation
 import growth
 import loader
 import pandas as pd
+import starts
 import step
 import student
 import tokens_step
@@ -35,6 +36,7 @@ def main():
     torch.set_num_threads(args.threads)
     logging.disable(logging.WARNING)  # open_clip says that weights are random
     parts = [evaluation.measure, lambda: loader.measure(workers=args.threads), bank_step.measure, student.measure_small]
+    parts += [starts.measure]
     if not args.quick:
         parts += [student.measure, step.measure, lambda: step.measure("cub", 312, 1.2), tokens_step.measure]
     rows = []

@@ -30,13 +30,20 @@ def sigmoid(s):
     return 1 / (1 + math.exp(-s))
 
 
+INSIDE = {"epsilon": 0.0}  # every logarithm
+
+
+def log(p):
+    return math.log(p + INSIDE["epsilon"])
+
+
 def entropy(p):
-    return -p * math.log(p) - (1 - p) * math.log(1 - p)
+    return -p * log(p) - (1 - p) * log(1 - p)
 
 
 def gr_entry(p, y):
     if y:
-        return -math.log(p if y == 1 else 1 - p)
+        return -log(p if y == 1 else 1 - p)
     v = math.exp(-((p - 0.7) ** 2) / (2 * 0.6**2))
     k = sigmoid(3 * p - 2)
     return v * ((1 - k) * (1 - (1 - p) ** 1.5) / 1.5 + k * (1 - p**0.01) / 0.01)
@@ -45,26 +52,26 @@ def gr_entry(p, y):
 def gpr_entry(p, y, pseudo):
     v = math.exp(-((p - 0.7) ** 2) / (2 * 0.6**2))
     if y == 0 and pseudo == -1:
-        return v * -math.log(1 - p)
+        return v * -log(1 - p)
     if y == 0 and pseudo == 1:
-        return min(max(1 - v, 0.3), 0.6) * (-0.1 * math.log(1 - p) - 0.9 * math.log(p))
+        return min(max(1 - v, 0.3), 0.6) * (-0.1 * log(1 - p) - 0.9 * log(p))
     return gr_entry(p, y)
 
 
 def vlpl_entry(p, y, pseudo):
     if y:
-        return -math.log(p if y == 1 else 1 - p)
-    return {0: -0.2 * entropy(p), 1: 0.7 * (-0.9 * math.log(p) - 0.1 * math.log(1 - p)), -1: 0.0}[pseudo]
+        return -log(p if y == 1 else 1 - p)
+    return {0: -0.2 * entropy(p), 1: 0.7 * (-0.9 * log(p) - 0.1 * log(1 - p)), -1: 0.0}[pseudo]
 
 
 def apl_entry(p, y, h):
     if y:
-        return -math.log(p if y == 1 else 1 - p)
-    return -0.2 * entropy(p) if math.isnan(h) else 0.4 * (-h * math.log(p) - (1 - h) * math.log(1 - p))
+        return -log(p if y == 1 else 1 - p)
+    return -0.2 * entropy(p) if math.isnan(h) else 0.4 * (-h * log(p) - (1 - h) * log(1 - p))
 
 
 def ce(target, p):
-    return -target * math.log(p) - (1 - target) * math.log(1 - p)
+    return -target * log(p) - (1 - target) * log(1 - p)
 
 
 ENTRIES = {  # name: (loss of a batch, loss of an entry)
@@ -116,6 +123,29 @@ def test_matrix_and_mean_equal_loops(name, seed):
     torch.testing.assert_close(single.double(), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ENTRIES)
+def test_epsilon_is_inside_every_logarithm_and_nowhere_else(monkeypatch, name):
+    """As the released codes have it: not in the powers of L2."""
+    loss, entry = ENTRIES[name]
+    logits, observed, pseudo, soft, _ = batch()
+    monkeypatch.setitem(INSIDE, "epsilon", 0.01)
+    expected = looped(entry, logits, observed, pseudo, soft)
+    found = loss(logits, observed, pseudo, soft, reduction="none", epsilon=0.01)
+    torch.testing.assert_close(found, expected)
+    assert (found - loss(logits, observed, pseudo, soft, reduction="none")).abs().max() > 0.01
+
+
+def test_epsilon_reaches_the_losses_of_whole_batches(monkeypatch):
+    logits, observed, _, _, theta = batch()
+    monkeypatch.setitem(INSIDE, "epsilon", 0.01)
+    assert losses.epr(logits, observed, 2, 0.01).item() == pytest.approx(looped_epr(logits, observed, 2))
+    assert losses.role(logits, theta, observed, 2, 0.01).item() == pytest.approx(looped_role(logits, theta, observed))
+    one, bottleneck = torch.ones(6, 5, 4).double(), losses.mime(logits, observed == 1, *[torch.ones(6, 5, 4)] * 2, 0.1)
+    bottleneck = bottleneck - losses.an(logits, observed)
+    an = looped(ENTRIES["an"][1], logits, observed, observed, theta).mean()
+    torch.testing.assert_close(losses.mime(logits, observed == 1, one, one, 0.1, 0.01), an + bottleneck)
+
+
 def regulariser(logits, m):
     return ((sum(sigmoid(s) for row in logits.tolist() for s in row) / len(logits) - m) / logits.shape[1]) ** 2
 
@@ -126,6 +156,12 @@ def looped_epr(logits, observed, m):
     return sum(terms) / len(terms) + regulariser(logits, m)
 
 
+def looped_role(logits, theta, observed, m=2):
+    p, q = ([sigmoid(s) for s in x.flatten().tolist()] for x in (logits, theta))
+    taught = sum(ce(b, a) + ce(a, b) for a, b in zip(p, q, strict=True)) / len(p)
+    return (looped_epr(logits, observed, m) + looped_epr(theta, observed, m) + taught) / 2
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_losses_of_whole_batches_equal_loops(seed):
     logits, observed, pseudo, soft, theta = batch(seed)
@@ -133,10 +169,7 @@ def test_losses_of_whole_batches_equal_loops(seed):
     assert losses.epr(logits, observed, 2).item() == pytest.approx(looped_epr(logits, observed, 2))
     mean = looped(ENTRIES["gpr"][1], logits, observed, pseudo, soft).mean().item()
     assert losses.gpr(logits, observed, pseudo, **GPR).item() == pytest.approx(mean + 0.05 * regulariser(logits, 2))
-    p, q = ([sigmoid(s) for s in x.flatten().tolist()] for x in (logits, theta))
-    taught = sum(ce(b, a) + ce(a, b) for a, b in zip(p, q, strict=True)) / len(p)
-    expected = (looped_epr(logits, observed, 2) + looped_epr(theta, observed, 2) + taught) / 2
-    assert losses.role(logits, theta, observed, 2).item() == pytest.approx(expected)
+    assert losses.role(logits, theta, observed, 2).item() == pytest.approx(looped_role(logits, theta, observed))
 
 
 @pytest.mark.parametrize("k", [0, 1, 4, 1000])
@@ -186,6 +219,25 @@ def test_smile_equals_closed_forms():
     torch.manual_seed(0)
     first = losses.smile(logits, observed, a, b, mu, log_std, **weights)
     assert first.isfinite() and first != losses.smile(logits, observed, a, b, mu, log_std, **weights)
+
+
+def test_smile_has_epsilon_in_its_three_cross_entropies_and_bounds_enhanced_labels(monkeypatch):
+    logits, observed, *_ = batch()
+    one, y = torch.ones(6, 5).double(), (observed == 1).double()
+    d = torch.tensor([0.0, 1e-7, 0.3, 1 - 1e-7, 1.0]).double().expand(6, 5)
+    inside = d.clamp(1e-6, 1 - 1e-6)
+    monkeypatch.setitem(INSIDE, "epsilon", 0.01)
+    pairs = ((logits, inside), (logits, y), (torch.logit(inside), y))
+    bces = [
+        sum(ce(t, sigmoid(s)) for s, t in zip(a.flatten().tolist(), b.flatten().tolist(), strict=True)) / 30
+        for a, b in pairs
+    ]
+    found = losses.smile(
+        logits, observed, one, one, one[:, :4] * 0, one[:, :4] * 0, theta=2, a=3, b=4, kl=9, enhanced=d, epsilon=0.01
+    )
+    assert found.item() == pytest.approx(
+        2 * bces[0] + 3 * bces[1] + 4 * bces[2]
+    )  # no divergence of uniform and N(0, 1)
 
 
 def test_smile_is_differentiable_with_tiny_concentrations():

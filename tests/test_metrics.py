@@ -287,6 +287,36 @@ def test_intervals_are_repeatable_and_as_wide_as_the_standard_error_says():
     assert metrics.single_positive(scores, observed, replicates=0)["recall@1"][1:] == [None, None]
 
 
+def test_five_hundred_draws_of_one_seed_are_made_if_nothing_else_is_said():
+    scores, observed = one_label(0)
+    weights = metrics.bootstrap_weights(50)
+    assert weights.shape == (50, 501) and (weights[:, 0] == 1).all() and (weights.sum(0) == 50).all()
+    np.testing.assert_array_equal(weights, metrics.bootstrap_weights(50, 500, seed=0))
+    rng = np.random.default_rng(0)
+    np.testing.assert_array_equal(weights[:, 1], np.bincount(rng.integers(0, 50, 50), minlength=50))
+    assert metrics.single_positive(scores, observed) == metrics.single_positive(scores, observed, 500, 0)
+    assert metrics.map_interval(scores, observed == 1) == metrics.map_interval(scores, observed == 1, 0.0, 500, 0)
+    np.testing.assert_array_equal(metrics.bootstrap_weights(0, 3), np.ones((0, 4)))
+
+
+def test_an_interval_is_the_middle_95_percent_of_its_draws_or_their_reflection():
+    draws = np.array([60.0, *range(101), math.nan])
+    assert metrics._interval(draws) == [60, 2.5, 97.5]
+    assert metrics._interval(draws, reflect=True) == [60, 22.5, 100]
+    assert metrics._interval(np.array([40.0, *range(101)]), reflect=True) == [40, 0, 77.5]
+    assert metrics._interval(np.array([math.nan, 1.0])) is None
+    assert metrics._interval(np.array([3.0, math.nan])) == [3.0, None, None]
+
+
+def test_a_run_is_spoken_of_by_map_or_by_auc():
+    whole, given = {"test_map": 60.0, "test": {"map": [60.0, 50.0, 70.0]}}, {"val": {"auc_observed": [80, 70, 90]}}
+    assert metrics.headline(whole) == ("map", [60.0, 50.0, 70.0]) and metrics.headline(whole, "val") == (None, None)
+    assert metrics.headline({"test_map": 60.0}) == ("map", [60.0, None, None])
+    assert metrics.headline({"test_map": 0.0})[0] == "map"
+    assert metrics.headline(given, "val") == ("auc_observed", [80, 70, 90]) and metrics.headline(given) == (None, None)
+    assert list(metrics.MEASURES) == ["map", "auc_observed", "recall@1", "recall@3", "recall@5", "mean_rank"]
+
+
 @pytest.mark.parametrize("empty", [0.0, math.nan])
 def test_the_interval_of_map_is_around_map(empty):
     scores, targets = holes(1)
@@ -304,8 +334,15 @@ def test_of_nothing_nothing_is_said():
     assert set(metrics.single_positive(scores, np.zeros((10, 3), int)).values()) == {None}
     assert set(metrics.single_positive(scores[:0], np.zeros((0, 3), int)).values()) == {None}
     assert metrics.map_interval(scores[:0], np.zeros((0, 3), int), math.nan) is None
-    with pytest.raises(ValueError, match="images, classes"):
-        metrics.recall_at(1, scores, np.zeros((3, 10)))
+    for wrong in (np.zeros((3, 10)), np.zeros((10, 4))):
+        for measure in (lambda s, t: metrics.recall_at(1, s, t), average_precision):
+            with pytest.raises(ValueError, match="images, classes"):
+                measure(scores, wrong)
+    for measure in (lambda s, t: metrics.recall_at(1, s, t), average_precision):
+        with pytest.raises(ValueError, match="images, classes"):
+            measure(scores[0], np.zeros(3))
+    with pytest.raises(ValueError, match="NaN"):
+        average_precision(np.full((2, 2), math.nan), np.ones((2, 2)))
 
 
 def test_pseudo_labels_are_judged_where_the_truth_is_known():

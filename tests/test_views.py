@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from PIL import Image
 from torchvision.transforms import v2
 
@@ -67,6 +68,68 @@ def test_draws_are_uniform_and_independent():
     for seed in (1, 2):
         assert not torch.equal(view_plan(range(500), [(90, 90)] * 500, settings, seed, 1).flip, plans[0].flip)
     assert not torch.equal(student_flips(range(500), 0, 1), plans[0].flip[:, 0])
+
+
+def test_a_view_is_the_formula_on_the_numbers_of_its_picture():
+    """Drawn from a counter-based generator, so that a bank of another machine and year holds the same views."""
+    settings, ids, sizes = ViewSettings(grid=2, overlap=0.5), [3, 900], [(100, 200), (61, 33)]
+    plan = view_plan(ids, sizes, settings, seed=11, epoch=7)
+    kinds = set()
+    for b, (i, (height, width)) in enumerate(zip(ids, sizes, strict=True)):
+        philox = np.random.Philox(key=[11, 0], counter=[0, 0, 7, i])
+        for v, (grow, flip, which, strong) in enumerate(np.random.Generator(philox).random((5, 4))):
+            row, column = divmod(v - 1, 2)
+            edges = [
+                (column - grow / 2) / 2,
+                (row - grow / 2) / 2,
+                (column + 1 + grow / 2) / 2,
+                (row + 1 + grow / 2) / 2,
+            ]
+            x0, y0, x1, y1 = (min(max(e, 0), 1) * n for e, n in zip(edges, (width, height) * 2, strict=True))
+            box = [int(x0), int(y0), int(np.ceil(x1)), int(np.ceil(y1))] if v else [0, 0, width, height]
+            assert plan.boxes[b, v].tolist() == box and plan.flip[b, v] == (flip < 0.5)
+            assert plan.op[b, v] == (int(which * 20) if which < 0.2 else -1)
+            assert plan.strength[b, v] == np.float32(strong)
+            kinds.add(plan.op[b, v].item())
+    assert len(kinds) > 1
+    for made, purpose, change in (
+        (student_flips(ids, 11, 7), 1, lambda u: u[0] < 0.5),
+        (views.student_shifts(ids, 0.1, 11, 7), 2, lambda u: (2 * u - 1) * 0.1),
+    ):
+        us = [np.random.Generator(np.random.Philox(key=[11, purpose], counter=[0, 0, 7, i])).random(2) for i in ids]
+        np.testing.assert_allclose(made.numpy(), np.array([change(u) for u in us]), rtol=1e-12)
+    assert views.draws([], 3, 0, 1).shape == (0, 3)
+
+
+def test_settings_are_those_of_the_paper_and_of_clip():
+    settings = ViewSettings()
+    assert (settings.grid, settings.overlap, settings.augment, settings.size) == (4, 0.2, "weak", 224)
+    assert (settings.mean, settings.std) == (OPENAI_DATASET_MEAN, OPENAI_DATASET_STD) and settings.views == 17
+    with pytest.raises(AttributeError):
+        settings.grid = 3
+
+
+def test_evaluation_views_are_half_grown_and_otherwise_as_they_are():
+    plan = views.evaluation_plan([(80, 160), (40, 40)], ViewSettings(grid=2, overlap=0.2))
+    assert plan.boxes.tolist() == [
+        [[0, 0, 160, 80], [0, 0, 88, 44], [72, 0, 160, 44], [0, 36, 88, 80], [72, 36, 160, 80]],
+        [[0, 0, 40, 40], [0, 0, 22, 22], [18, 0, 40, 22], [0, 18, 22, 40], [18, 18, 40, 40]],
+    ]
+    assert not plan.flip.any() and (plan.op == -1).all() and plan.strength.shape == (2, 5)
+    part = plan[1:]
+    assert part.boxes.tolist() == plan.boxes[1:].tolist()
+    assert part.flip.shape == part.op.shape == part.strength.shape == (1, 5)
+
+
+def test_memory_of_earlier_batches_is_used_again_and_not_hoarded():
+    views._spare.clear()
+    batch = views._fresh(3, 5)
+    where = batch.data_ptr()
+    del batch
+    assert views._fresh(3, 5).data_ptr() == where
+    for n in range(10):
+        views._fresh(n + 1, 2)
+        assert len(views._spare) <= 4
 
 
 def test_switches():
