@@ -62,7 +62,7 @@ def measure():
                     rows.append(
                         dict(
                             what=f"{method} on frozen features, {head} ({size})",
-                            ours=f"{wall:.1f} s",
+                            aevlp=f"{wall:.1f} s",
                             processor=f"{processor:.1f} s",
                             target=f"{target} s",
                         )

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import bank_step
 import evaluation
+import frozen
 import growth
 import loader
 import pandas as pd
@@ -36,7 +37,7 @@ def main():
     torch.set_num_threads(args.threads)
     logging.disable(logging.WARNING)  # open_clip says that weights are random
     parts = [evaluation.measure, lambda: loader.measure(workers=args.threads), bank_step.measure, student.measure_small]
-    parts += [starts.measure]
+    parts += [starts.measure, frozen.measure]
     if not args.quick:
         parts += [student.measure, step.measure, lambda: step.measure("cub", 312, 1.2), tokens_step.measure]
     rows = []

@@ -32,7 +32,7 @@ def finished(folder, count):
             (made / "metrics.json").write_text(json.dumps(dict(test_map=60.0, val_map=61.0, per_class={"cup": 50.0})))
             (made / "status.json").write_text(json.dumps(dict(state="done", seconds=10.0)))
             (made / "history.csv").write_text("epoch,loss,val_map,seconds\n1,0.5,60.0,5.0\n2,0.4,61.0,5.0\n")
-    return dict(dataset="glyphs", methods=list(METHODS), seeds=list(range(count // len(METHODS))))
+    return dict(datasets=["glyphs"], methods=list(METHODS), seeds=list(range(count // len(METHODS))))
 
 
 def spent(arguments, folder):
