@@ -112,3 +112,17 @@ def test_from_a_folder_to_predictions(album, capsys):
         assert [n for n in names if re.search(rf"\b{re.escape(n)}\b", str(row["labels"]))] == said
     with Image.open("predictions.png") as grid:
         assert grid.width > 200
+
+
+def test_a_table_without_test_pictures_trains(album, capsys):
+    tmp, _ = album
+    lines = (tmp / "labels.csv").read_text().splitlines()
+    split = [f"{line},{'val' if i % 5 == 0 else 'train'}" for i, line in enumerate(lines[1:])]
+    (tmp / "labels.csv").write_text("\n".join([lines[0] + ",split", *split]) + "\n")
+    with pytest.raises(SystemExit) as end:
+        cli.main(["train", *OWN, *OFFLINE])
+    out, err = capsys.readouterr()
+    assert end.value.code == 0, err
+    assert "no picture is in split 'test': nothing will be said about new pictures" in out + err
+    said = json.loads((tmp / "runs" / out.split()[-1].rpartition("/")[2] / "metrics.json").read_text())
+    assert said["test_map"] is None and said["val"]["auc_observed"][0] > 50
