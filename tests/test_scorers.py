@@ -192,7 +192,8 @@ def test_a_weight_is_chosen_on_pictures_that_are_wholly_known(data, made):  # no
 
     probs = {s: np.random.default_rng(0).random((len(data.splits[s]), 6)).astype(np.float32) for s in ("test", "val")}
     numbers, arrays = beside_clip(data, probs, "clip-damp", made(**CHANGES), bank_root=False)
-    assert set(numbers) == {"with_clip", "fusion_weight"} | {f"{a}_{s}_map" for a in ("clip", "fused") for s in probs}
+    said = {f"{a}_{s}_{m}" for a in ("clip", "fused") for s in probs for m in ("map", "auc_observed")}
+    assert set(numbers) == {"with_clip", "fusion_weight"} | said
     assert arrays["probs"].shape == (3, 6) and arrays["val_probs"].shape == (2, 6)
     expected = mean_ap(fuse(probs["test"], arrays["probs"], numbers["fusion_weight"]), data.targets("test"))
     assert numbers["fused_test_map"] == pytest.approx(expected)
@@ -249,7 +250,7 @@ def test_the_default_is_what_the_labeler_sees():
         "bce+damp": "clip-damp",
         "gpr+vlpl": "clip",
     }
-    with pytest.raises(AevlpError, match="with_clip='clip-x' should be one of"):
+    with pytest.raises(AevlpError, match="with_clip='clip-x' should be empty or one of"):
         recipe("voc", "an", with_clip="clip-x")
 
 
