@@ -5,7 +5,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test digits soak docs lab app bench export clean
+.PHONY: demo test digits soak mutants docs lab app bench export clean
 .DEFAULT_GOAL := demo
 
 $(READY): constraints.txt settings.ini setup.py pyproject.toml
@@ -28,6 +28,9 @@ digits: $(READY) ## the expected digits of the embedded benchmark, for 1, 2 and 
 
 soak: $(READY)   ## kill tests and the 200-run sweep; their figures in benchmarks/soak.json
 	$(BIN)/python -m pytest -m slow -s
+
+mutants: $(READY) ## small changes to nine modules, each of which the module's tests have to notice
+	$(BIN)/python tests/mutants.py $(MODULES)
 
 docs: $(READY)   ## the site, in docs/_build/html
 	$(BIN)/python docs/build.py site

@@ -11,6 +11,7 @@ __all__ = ['app', 'data_app', 'bank_app', 'Dataset', 'Root', 'Csv', 'Separator',
 
 # %% ../nbs/17_cli.ipynb #ac8d8126
 import json
+import logging
 import os
 import signal
 import sys
@@ -593,6 +594,7 @@ def _warn(message, category, filename, lineno, file=None, line=None):
 def _ended(*_):
     "SIGTERM ends a command as Ctrl-C does: with what it started."
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # a cell that is cut off is no news
     raise SystemExit(128 + signal.SIGTERM)
 
 

@@ -118,7 +118,7 @@ def bootstrap_weights(
 ) -> np.ndarray:  # (n, 1 + replicates) float32; the first column is all ones, the others sum to n
     "How often each picture is drawn, n times with replacement; before that, once each"
     rng, out = np.random.default_rng(seed), np.ones((n, 1 + replicates), np.float32)
-    for i in range(1, 1 + replicates if n else 1):
+    for i in range(1, 1 + replicates):
         out[:, i] = np.bincount(rng.integers(0, n, n), minlength=n)
     return out
 

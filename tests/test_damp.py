@@ -114,12 +114,18 @@ def test_threshold_is_inclusive_unless_strict():
     local = torch.tensor([[[0.25], [0.5]]])
     assert aggregate(local, torch.tensor([0.5])).item() == 0.5
     assert aggregate(local, torch.tensor([0.5]), strict=True).item() == 0.25
+    probs = torch.tensor([[[0.5], [0.25], [0.5]]])  # the threshold is what the whole picture says, 0.5
+    args = dict(local_threshold=1.0, global_threshold=0.5, top_k=1, negative_ratio=0)
+    assert damp(probs, torch.ones(1, 1), **args).aggregated.item() == 0.5
+    assert damp(probs, torch.ones(1, 1), **args, strict=True).aggregated.item() == 0.25
 
 
 def test_ties_at_the_last_place_keep_exactly_k():
     for classes in (5, 200):  # PyTorch sorts small and large rows differently
         found = positives(torch.full((3, classes), 0.5), 4, 0.5)
         assert found.sum(1).tolist() == [4] * 3 and found[:, :4].all()
+        lowest = negatives(torch.full((3, classes), 0.5), 0.2, "floor")
+        assert lowest.sum(1).tolist() == [classes // 5] * 3 and lowest[:, : classes // 5].all()
     assert positives(torch.rand(2, 5), 99, 0.0).all()
     assert not positives(torch.rand(2, 5), 0, 0.0).any()
 

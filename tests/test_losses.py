@@ -321,6 +321,20 @@ def test_gpr_without_pseudo_labels_is_gr_bit_for_bit(dtype):
     assert torch.equal(first, second) and torch.equal(ours.grad, theirs.grad)
 
 
+def test_the_regulariser_belongs_to_the_mean_alone():
+    logits, observed, pseudo, *_ = batch()
+    with_, without = (losses.gpr(logits, observed, pseudo, **(GPR | e), reduction="none") for e in ({}, {"eta": 0.0}))
+    assert torch.equal(with_, without)
+    exact = 0.1 * F.softplus(logits) + 0.9 * F.softplus(-logits)
+    torch.testing.assert_close(losses.positive_pseudo_loss(logits, 0.9), exact)
+
+
+def test_what_diverged_is_nan_and_raises_nothing_here():
+    logits, observed, *_ = batch()
+    broken, flat = torch.full((6, 5), torch.nan), torch.zeros(6, 4)
+    assert losses.smile(logits, observed, broken, broken, flat, flat, theta=1, a=1, b=1, kl=1).isnan()
+
+
 def test_constant_weight_is_equal_bounds():
     p = torch.linspace(0, 1, 11)
     assert losses.positive_pseudo_weight(p, 0.8, 0.5, 0.55, 0.55).unique().tolist() == pytest.approx([0.55])
@@ -340,14 +354,14 @@ def test_pseudo_labels_on_observed_entries_change_nothing():
 
 @pytest.mark.parametrize("epochs,linear_init", [(8, 0), (10, 0), (8, 2), (1, 0)])
 def test_schedule(epochs, linear_init):
-    ends = dict(w0=0.0, wT=10.0, b0=-2.0, bT=-8.0, mu0=0.5, muT=0.8, sigma0=2.0, sigmaT=0.5)
+    ends = dict(w0=1.0, wT=11.0, b0=-2.0, bT=-8.0, mu0=0.5, muT=0.8, sigma0=2.0, sigmaT=0.5)
     length = epochs - linear_init
     for epoch in range(1, epochs + 1):
         late, early = max(epoch - linear_init - 1, 0) / length, max(epoch - linear_init, 0) / length
-        expected = dict(w=10 * late, b=-2 - 6 * late, mu=0.5 + 0.3 * early, sigma=2 - 1.5 * early)
+        expected = dict(w=1 + 10 * late, b=-2 - 6 * late, mu=0.5 + 0.3 * early, sigma=2 - 1.5 * early)
         assert losses.gr_schedule(epoch, epochs, **ends, linear_init=linear_init) == pytest.approx(expected)
     assert losses.gr_schedule(epochs, epochs, **ends)["mu"] == pytest.approx(0.8)
-    assert losses.gr_schedule(epochs, epochs, **ends)["w"] == pytest.approx(10 * (epochs - 1) / epochs)
+    assert losses.gr_schedule(epochs, epochs, **ends)["w"] == pytest.approx(1 + 10 * (epochs - 1) / epochs)
 
 
 def test_unknown_reduction_and_scheme():

@@ -295,6 +295,7 @@ def test_five_hundred_draws_of_one_seed_are_made_if_nothing_else_is_said():
     rng = np.random.default_rng(0)
     np.testing.assert_array_equal(weights[:, 1], np.bincount(rng.integers(0, 50, 50), minlength=50))
     assert metrics.single_positive(scores, observed) == metrics.single_positive(scores, observed, 500, 0)
+    assert [*metrics.single_positive(scores, observed)] == [m for m in metrics.MEASURES if m != "map"]
     assert metrics.map_interval(scores, observed == 1) == metrics.map_interval(scores, observed == 1, 0.0, 500, 0)
     np.testing.assert_array_equal(metrics.bootstrap_weights(0, 3), np.ones((0, 4)))
 
@@ -324,8 +325,11 @@ def test_the_interval_of_map_is_around_map(empty):
     scores = np.concatenate([scores, scores[:, :1]], 1)
     value, low, high = metrics.map_interval(scores, targets, empty)
     assert value == pytest.approx(mean_average_precision(scores, targets, empty)) and 0 <= low < value < high <= 100
+    draws = 100 * np.nanmean(metrics.weighted_ap(scores, targets, metrics.bootstrap_weights(60))[:-1], 0)
+    low_, high_ = (2 * draws[0] - np.percentile(draws[1:], p) for p in (97.5, 2.5))
+    wide = metrics.map_interval(scores, targets, math.nan)
+    assert wide == pytest.approx([draws[0], max(low_, 0), min(high_, 100)], abs=1e-4)
     if empty == 0:  # one more class that is 0 in every draw
-        wide = metrics.map_interval(scores, targets, math.nan)
         assert [value, low, high] == pytest.approx([5 / 6 * v for v in wide])
 
 

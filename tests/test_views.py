@@ -116,6 +116,7 @@ def test_evaluation_views_are_half_grown_and_otherwise_as_they_are():
         [[0, 0, 40, 40], [0, 0, 22, 22], [18, 0, 40, 22], [0, 18, 22, 40], [18, 18, 40, 40]],
     ]
     assert not plan.flip.any() and (plan.op == -1).all() and plan.strength.shape == (2, 5)
+    assert views.evaluation_plan([(9, 12)] * 3, ViewSettings(grid=3)).boxes.shape == (3, 10, 4)
     part = plan[1:]
     assert part.boxes.tolist() == plan.boxes[1:].tolist()
     assert part.flip.shape == part.op.shape == part.strength.shape == (1, 5)
@@ -138,6 +139,7 @@ def test_switches():
     assert not off.flip.any() and (off.op == -1).all() and torch.equal(off.boxes, again.boxes)
     flips = view_plan(range(50), [(40, 40)] * 50, ViewSettings(overlap=0, augment="flip"), 0, 1)
     assert flips.flip.any() and (flips.op == -1).all()
+    assert ViewSettings(grid=1, size=1).views == 2
     for wrong in (dict(grid=0), dict(overlap=-0.1), dict(augment="x"), dict(size=0)):
         with pytest.raises(AevlpError):
             ViewSettings(**wrong)
@@ -190,6 +192,13 @@ def test_augmentations_are_torchvisions(op):
     torch.testing.assert_close(made, alone, atol=1e-3, rtol=0)
     for view, s, out in zip(x, strength.tolist(), made, strict=True):
         assert (out - 255 * reference(op, view, s)).abs().max() < 0.1
+
+
+@pytest.mark.parametrize("op", [1, 2])
+def test_augmentations_end_at_black_and_white(op):
+    x = torch.tensor([[0.0, 30.0], [220.0, 255.0]]).repeat_interleave(4, 0).repeat_interleave(4, 1).expand(1, 3, 8, 8)
+    out = views._OPS[op](x.clone(), torch.tensor([0.9]))
+    assert out.min() == 0 and out.max() == 255
 
 
 def test_both_ways_of_making_views_augment_alike(images):
