@@ -197,7 +197,7 @@ def test_augmentations_are_torchvisions(op):
 @pytest.mark.parametrize("op", [1, 2])
 def test_augmentations_end_at_black_and_white(op):
     x = torch.tensor([[0.0, 30.0], [220.0, 255.0]]).repeat_interleave(4, 0).repeat_interleave(4, 1).expand(1, 3, 8, 8)
-    out = views._OPS[op](x.clone(), torch.tensor([0.9]))
+    out = views._OPS[op](x.clone(), torch.tensor([0.9]))[..., 1:-1, 1:-1]  # the border is not sharpened
     assert out.min() == 0 and out.max() == 255
 
 
