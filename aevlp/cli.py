@@ -216,7 +216,7 @@ def _measured(path, folders, as_json):
 
     table, notes = reviewed.of_runs(path, list(folders))
     _show(table if as_json else reviewed.shown(table), as_json, index=False)
-    for line in () if as_json else [*reviewed.about(notes), reviewed.choice(table)]:
+    for line in () if as_json else filter(None, [*reviewed.about(notes), reviewed.choice(table)]):
         typer.echo(line)
 
 

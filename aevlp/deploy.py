@@ -10,6 +10,7 @@ __all__ = ['SCORE', 'unchanged', 'about', 'thresholds', 'pictures_in', 'label_te
 # %% ../nbs/15c_deploy.ipynb #aacbe262
 import csv
 import html
+import logging
 import os
 import re
 import shutil
@@ -337,8 +338,11 @@ def _write_onnx(model, example, out):
         import onnxscript  # noqa: F401
     except ImportError as e:
         raise AevlpError(f"ONNX export needs the package {e.name}: pip install onnx onnxruntime onnxscript") from None
+    optimizer = logging.getLogger("onnxscript")  # tells what it leaves as it is
+    before = optimizer.level
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        optimizer.setLevel(logging.ERROR)
         torch.onnx.export(
             model,
             (example,),
@@ -350,6 +354,7 @@ def _write_onnx(model, example, out):
             external_data=False,
             verbose=False,
         )
+    optimizer.setLevel(before)
     session = onnxruntime.InferenceSession(str(out), providers=["CPUExecutionProvider"])
     return lambda x: session.run(None, {"pictures": x.numpy()})[0]
 

@@ -165,8 +165,10 @@ def _headline(f) -> str:
     if key == "map":
         if found[1] is None:  # a run made before it kept the interval
             found = map_interval(f.scored.probs, f.labels, float("nan" if _own(f) else 0)) or found
-        clean, without = int((f.labels >= 0).all(1).sum()), int((f.positives == 0).sum())
-        on += "" if clean == n else f", with all labels known of {clean}, some or none of the others"
+        clean, some = (int(w((f.labels >= 0), 1).sum()) for w in (np.all, np.any))
+        without = int((f.positives == 0).sum())
+        on = on if some == n else f"{some} of {on}, those of which labels are known"
+        on += "" if clean == some else f", of {clean} all of them"
         on += f"; {without} of {len(f.names)} classes have no positive there" if without else ""
         return _big(found, "mAP in percent", f"{on}. The interval is over pictures like these, not over seeds.")
     return _big(
@@ -227,8 +229,8 @@ def _beside(f) -> str:
     titles = {"": "the classifier", "clip_": "CLIP alone", "fused_": "both together"}
     lines = [[titles[who], *map(_number, values)] for who, values in found.items()]
     weight = f.metrics.get("fusion_weight")
-    how = "chosen on validation" if measure == "map" else "as no clean validation picture chooses another weight"
-    note = "" if weight is None else f"<p class=quiet>CLIP's logit counts {weight:g} times, {how}.</p>"
+    how = "chosen on validation" if measure == "map" else "for no validation picture has all labels known to choose by"
+    note = "" if weight is None else f"<p class=quiet>Weight of CLIP's logit in both: {weight:g}, {how}.</p>"
     return table([f"{MEASURES[measure]} (%)", "validation", "test"], lines) + note
 
 
@@ -271,7 +273,7 @@ def _classes(f) -> str:
     order = f.classes[f.score].fillna(-1).to_numpy().argsort(kind="stable")[::-1]
     for c in order:
         ap, line = f.classes[f.score].iloc[c], [text(f.names[c])]
-        line.append("–" if ap != ap else f'<span class="bar"><i style="width:{ap:.0f}%"></i></span> {ap:.1f}')
+        line.append("–" if ap != ap else f'<span class="bar"><i style="width:{ap:.0f}%"></i></span><b>{ap:.1f}</b>')
         numbers = _at_threshold(f, c)
         positives = f.positives.iloc[c]
         line.append("–" if positives != positives or positives is None else str(int(positives)))
@@ -468,10 +470,14 @@ def _about_labels(f) -> list:
             "The truth of no picture is known. Look at about a hundred test and validation pictures with "
             f"`aevlp app --review --run {f.run.name}`: then mAP can be measured and thresholds chosen by it."
         )
+    whole = f.truth and f.labels is not None and bool((f.labels >= 0).all())
+    shows, show = ("shows", "show") if whole else ("is known to show", "are known to show")
     if none := list(f.classes.index[few == 0]):
-        said.append(f"No {f.pictures} picture shows {_some(none)}, of which nothing is known: add some to it.")
+        said.append(
+            f"No {f.pictures} picture {shows} {_some(none)}, so there is no number for that: add some pictures."
+        )
     if rare := list(f.classes.index[(few > 0) & (few < 10)]):
-        said.append(f"Fewer than ten {f.pictures} pictures show {_some(rare)}: numbers from so few may be chance.")
+        said.append(f"Fewer than ten {f.pictures} pictures {show} {_some(rare)}: numbers from so few may be chance.")
     given = (f.said.get("given") or {}).get("train") or {}
     if unseen := [n for n in f.names if given.get(n) == 0]:
         said.append(f"No training picture has the label {_some(unseen)}, which labels cannot have taught.")
@@ -516,13 +522,17 @@ def _about_fusion(f) -> list:
     "Whether CLIP's opinion helps at prediction."
     measure, found = _opinions(f)
     alone, clip, fused = (found.get(who, (None, None))[1] for who in ("", "clip_", "fused_"))
+    if None not in (clip, alone) and clip - alone > 1 and (fused is None or clip >= fused):
+        return [
+            f"CLIP without training reaches a test {MEASURES[measure]} of {clip:.1f}, the classifier {alone:.1f}"
+            + ("" if fused is None else f", both together {fused:.1f}")
+            + ": these labels taught it less than CLIP knows; give more of them, or use CLIP, `--method clip-damp`."
+        ]
     if fused is not None and alone is not None and fused - alone > 1:
         return [
             f"With CLIP's opinion the test {MEASURES[measure]} is {fused:.1f} instead of {alone:.1f}: use both, "
             "`aevlp predict --with-clip`."
         ]
-    if clip is not None and alone is not None and clip - alone > 1:
-        return [f"CLIP without training reaches {clip:.1f}, the classifier {alone:.1f}: it lacks what CLIP knows."]
     return []
 
 # %% ../nbs/15f_report.ipynb #b129ec02
@@ -550,11 +560,12 @@ overflow-wrap:anywhere}
 .card img,.gone{display:block; width:100%;aspect-ratio:1;object-fit:contain;background:#0002}
 .gone{display:grid;place-items:center;color:var(--quiet)} figcaption{padding:.5rem}
 figcaption .quiet{display:block;font-size:.75rem;margin-top:.2rem}
-code{background:var(--soft);padding:.1rem .3rem;border-radius:.2rem;overflow-wrap:anywhere} details{margin:1rem 0}
+code{background:var(--soft);padding:.1rem .3rem;border-radius:.2rem;overflow-wrap:anywhere} code
+span{white-space:nowrap} .bar+b{display:inline-block;min-width:3.4rem;font-weight:inherit} details{margin:1rem 0}
 summary{cursor:pointer} .note{border-left:.25rem solid #d55e00;padding:.3rem .8rem;background:var(--soft)}
 @media(max-width:30rem){.cards{grid-template-columns:1fr 1fr} .bar{display:none} th,td{padding:.3rem
-.25rem;font-size:.85rem} thead th{white-space:normal;font-size:.75rem}
-th:first-child,td:first-child{min-width:5.2rem}}
+.15rem;font-size:.8rem} thead th{white-space:normal;font-size:.66rem} .bar+b{min-width:0}
+th:first-child,td:first-child{min-width:4.6rem}}
 """
 
 # %% ../nbs/15f_report.ipynb #edec2ad0
@@ -571,8 +582,10 @@ def page(
 
 
 def _code(sentence) -> str:
-    "A sentence whose commands stand in backticks."
-    return re.sub(r"`([^`]+)`", r"<code>\1</code>", text(sentence))
+    "A sentence whose commands stand in backticks; no line breaks inside the name of an option."
+    parts = text(sentence).split("`")
+    parts[1::2] = ["<code>" + re.sub(r"(--[a-z-]+)", r"<span>\1</span>", p) + "</code>" for p in parts[1::2]]
+    return "".join(parts)
 
 # %% ../nbs/15f_report.ipynb #1bc18ec9
 def of_run(

@@ -478,7 +478,7 @@ def shown(
     out = {"run": table.run} | {
         head: [text(r, k) for _, r in table.iterrows()] for k, head in heads.items() if k in table
     }
-    return pd.DataFrame(out)
+    return pd.DataFrame(out).drop(columns=heads["minus_best"] if len(table) < 2 else [], errors="ignore")
 
 
 def choice(

@@ -97,7 +97,10 @@ def test_from_a_folder_to_predictions(album, capsys):
 
     page = (tmp / aevlp("report", told.name).strip()).read_text()
     big = re.search(r'<p class="big"><strong>([\d.]+)</strong> mAP in percent', page)
-    assert float(big[1]) == round(measured["test_map"], 1) and "all labels known of 10" in page
+    assert (
+        float(big[1]) == round(measured["test_map"], 1)
+        and "on 10 of 20 test pictures, those of which labels are known; " in page
+    )
     assert re.search(rf"CLIP alone.*{measured['clip_test_map']:.1f}.*together", page, re.S)
     assert all(f"<th scope=row>{n}</th>" in page for n in names) and page.count("data:image") > 5
 
