@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['app', 'data_app', 'bank_app', 'Dataset', 'Root', 'Csv', 'Separator', 'Seeds', 'Set', 'Json', 'Fidelity', 'Workers',
            'Run', 'Tracker', 'Reviewed', 'Truth', 'Port', 'Browser', 'AnyData', 'AnyRoot', 'On', 'Review', 'Out',
-           'Split', 'Order', 'demo', 'train', 'sweep', 'results', 'report', 'compare', 'figure', 'methods', 'recipe',
-           'data_check', 'data_fetch', 'bank_ls', 'bank_import', 'bank_verify', 'bank_rm', 'predict', 'export', 'card',
-           'lab', 'voila', 'main']
+           'Split', 'Order', 'lab', 'voila', 'demo', 'train', 'sweep', 'results', 'report', 'compare', 'figure',
+           'methods', 'recipe', 'data_check', 'data_fetch', 'bank_ls', 'bank_import', 'bank_verify', 'bank_rm',
+           'predict', 'export', 'card', 'main']
 
 # %% ../nbs/17_cli.ipynb #ac8d8126
 import json
@@ -513,71 +513,61 @@ Split = Annotated[str | None, typer.Option(help="With --review: train, val or te
 Order = Annotated[str | None, typer.Option(help="With --review: uncertain, weighted or random.")]
 
 
-def _serve(kind, dataset, root, csv, separator, run, set_, review, out, split, order, port, browser):
-    "Open a page until it is ended."
-    typer.echo("looking at what is given …", err=True)
-    for name, value in (("--out", out), ("--split", split), ("--order", order)):
-        if value and not review:
-            raise typer.BadParameter(f"{name} is for a review; give --review too")
-    if split not in (None, "train", "val", "test"):
-        raise typer.BadParameter(f"--split {split} should be train, val or test")
-    if order not in (None, "uncertain", "weighted", "random"):
-        raise typer.BadParameter(f"--order {order} should be uncertain, weighted or random")
-    from aevlp import pages, recipes
+def _page(kind, text, name, *examples):
+    "A command that opens a page until it is ended."
 
-    given = pages.checked(dataset, root, csv, run, recipes.parse_overrides(set_ or []), separator=separator)
-    decisions = (
-        dict(out=str((out or Path("reviewed.csv")).absolute()), split=split or "train", order=order) if review else None
-    )
-    page = pages.notebook(given, decisions)
-    raise typer.Exit(pages.serve(kind, page, port, browser, typer.echo, lambda text: typer.echo(text, err=True)))
+    def command(
+        dataset: AnyData = None,
+        root: AnyRoot = None,
+        csv: Csv = None,
+        separator: Separator = None,
+        run: On = None,
+        set_: Set = None,
+        review: Review = False,
+        out: Out = None,
+        split: Split = None,
+        order: Order = None,
+        port: Port = 0,
+        browser: Browser = True,
+    ):
+        typer.echo("looking at what is given …", err=True)
+        for name, value in (("--out", out), ("--split", split), ("--order", order)):
+            if value and not review:
+                raise typer.BadParameter(f"{name} is for a review; give --review too")
+        if split not in (None, "train", "val", "test"):
+            raise typer.BadParameter(f"--split {split} should be train, val or test")
+        if order not in (None, "uncertain", "weighted", "random"):
+            raise typer.BadParameter(f"--order {order} should be uncertain, weighted or random")
+        from aevlp import pages, recipes
+
+        given = pages.checked(dataset, root, csv, run, recipes.parse_overrides(set_ or []), separator=separator)
+        decisions = (
+            dict(out=str((out or Path("reviewed.csv")).absolute()), split=split or "train", order=order) if review else None
+        )
+        page = pages.notebook(given, decisions)
+        raise typer.Exit(pages.serve(kind, page, port, browser, typer.echo, lambda text: typer.echo(text, err=True)))
+
+    command.__doc__ = text
+    return app.command(name, epilog=_example(*examples))(command)
 
 
-@app.command(
-    epilog=_example(
-        "lab",
-        "lab --images photos/ --csv labels.csv",
-        "lab --run glyphs-aevlp-s0",
-        "lab --review --images photos/ --csv labels.csv --out reviewed.csv",
-    )
+lab = _page(
+    "jupyterlab",
+    "JupyterLab on the explorer, or on the review of labels.",
+    "lab",
+    "lab",
+    "lab --images photos/ --csv labels.csv",
+    "lab --run glyphs-aevlp-s0",
+    "lab --review --images photos/ --csv labels.csv --out reviewed.csv",
 )
-def lab(
-    dataset: AnyData = None,
-    root: AnyRoot = None,
-    csv: Csv = None,
-    separator: Separator = None,
-    run: On = None,
-    set_: Set = None,
-    review: Review = False,
-    out: Out = None,
-    split: Split = None,
-    order: Order = None,
-    port: Port = 0,
-    browser: Browser = True,
-):
-    "JupyterLab on the explorer, or on the review of labels."
-    _serve("jupyterlab", dataset, root, csv, separator, run, set_, review, out, split, order, port, browser)
-
-
-@app.command(
-    "app", epilog=_example("app", "app --run glyphs-aevlp-s0", "app --review --split test --run glyphs-aevlp-s0")
+voila = _page(
+    "voila",
+    "The explorer, or the review of labels, as a page of its own.",
+    "app",
+    "app",
+    "app --run glyphs-aevlp-s0",
+    "app --review --split test --run glyphs-aevlp-s0",
 )
-def voila(
-    dataset: AnyData = None,
-    root: AnyRoot = None,
-    csv: Csv = None,
-    separator: Separator = None,
-    run: On = None,
-    set_: Set = None,
-    review: Review = False,
-    out: Out = None,
-    split: Split = None,
-    order: Order = None,
-    port: Port = 0,
-    browser: Browser = True,
-):
-    "The explorer, or the review of labels, as a page of its own."
-    _serve("voila", dataset, root, csv, separator, run, set_, review, out, split, order, port, browser)
 
 # %% ../nbs/17_cli.ipynb #e48d307f
 def _warn(message, category, filename, lineno, file=None, line=None):

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['FORMATS', 'MAX_PIXELS', 'MAX_BYTES', 'SMALL_PIXELS', 'OBSERVATIONS', 'PORTABLE', 'AevlpError', 'AevlpWarning',
-           'progress', 'nearest', 'sync', 'fresh', 'replacing', 'write_text', 'write_json', 'home', 'shipped',
-           'made_here', 'decode', 'decoded_bytes', 'LabelledImages', 'sample_single_positives', 'train_val_split',
-           'observe', 'arithmetic', 'threads', 'in_threads', 'Images', 'image_loader', 'epoch_order']
+           'progress', 'nearest', 'sync', 'fresh', 'replacing', 'write_text', 'write_json', 'home', 'open_clip_file',
+           'shipped', 'made_here', 'decode', 'decoded_bytes', 'LabelledImages', 'sample_single_positives',
+           'train_val_split', 'observe', 'arithmetic', 'threads', 'in_threads', 'Images', 'image_loader', 'epoch_order']
 
 # %% ../nbs/03_data.ipynb #95b4ba74
 import difflib
@@ -170,6 +170,13 @@ def home() -> Path:
         return Path(named).expanduser().absolute()
     checkout = _checkout()
     return checkout / "data" if checkout else Path.home() / ".cache/aevlp"
+
+
+def open_clip_file(
+    url: str,  # of weights that no hub has
+) -> Path:
+    "Where open_clip keeps what it fetched from there."
+    return Path("~/.cache/clip").expanduser() / url.rpartition("/")[2]
 
 
 def shipped(

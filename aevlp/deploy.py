@@ -340,21 +340,23 @@ def _write_onnx(model, example, out):
         raise AevlpError(f"ONNX export needs the package {e.name}: pip install onnx onnxruntime onnxscript") from None
     optimizer = logging.getLogger("onnxscript")  # tells what it leaves as it is
     before = optimizer.level
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        optimizer.setLevel(logging.ERROR)
-        torch.onnx.export(
-            model,
-            (example,),
-            str(out),
-            input_names=["pictures"],
-            output_names=["probabilities"],
-            dynamo=True,
-            dynamic_shapes={"pictures": {0: torch.export.Dim("batch")}},
-            external_data=False,
-            verbose=False,
-        )
-    optimizer.setLevel(before)
+    optimizer.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.onnx.export(
+                model,
+                (example,),
+                str(out),
+                input_names=["pictures"],
+                output_names=["probabilities"],
+                dynamo=True,
+                dynamic_shapes={"pictures": {0: torch.export.Dim("batch")}},
+                external_data=False,
+                verbose=False,
+            )
+    finally:
+        optimizer.setLevel(before)
     session = onnxruntime.InferenceSession(str(out), providers=["CPUExecutionProvider"])
     return lambda x: session.run(None, {"pictures": x.numpy()})[0]
 

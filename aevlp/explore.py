@@ -32,9 +32,9 @@ from .damp import DampScores
 from .data import AevlpError, LabelledImages, decode, in_threads, progress, write_text
 from .draw import CSS, Grid, Map, Pick, Stage, data_url, jpeg, verdicts
 from .eyes import Eyes, open_bank, prototypes, view_settings
-from .labelers import Batch, build_labeler
+from .labelers import Batch, build_labeler, pseudo_labels
 from .recipes import recipe as find_recipe
-from .table import JUDGES, MATRICES, Cancelled, Query, open_table, pseudo_labels
+from .table import JUDGES, MATRICES, Cancelled, Query, open_table
 from .train import load_run, predict
 from .views import evaluation_plan, view_plan
 from .vlm import load_clip, similarities

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ASSUMPTION', 'MEASURES', 'average_precision', 'mean_average_precision', 'recall_at', 'rank_of_given',
-           'bootstrap_weights', 'weighted_ap', 'auc_observed', 'nanmean', 'map_interval', 'single_positive', 'headline',
-           'pseudo_label_quality', 'PseudoLabelMeter']
+           'bootstrap_weights', 'weighted_ap', 'auc_observed', 'class_mean', 'nanmean', 'map_interval',
+           'single_positive', 'headline', 'pseudo_label_quality', 'PseudoLabelMeter']
 
 # %% ../nbs/00_metrics.ipynb #3b2e087b
 import numpy as np
@@ -189,6 +189,16 @@ def auc_observed(
     return out[:, 0] if weights is None else out
 
 # %% ../nbs/00_metrics.ipynb #7582739d
+def class_mean(
+    values,  # (C,) floats, NaN for no evidence
+) -> float | None:  # None where there is no evidence at all
+    "Mean over the classes that have a value"
+    import torch
+
+    values = torch.as_tensor(values)
+    return float(values[~values.isnan()].mean()) if (~values.isnan()).any() else None
+
+
 def nanmean(values, axis):
     "Mean of what is there, NaN where nothing is"
     there = ~np.isnan(values)

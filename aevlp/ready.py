@@ -18,7 +18,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from . import own, registry
-from .data import AevlpError, nearest
+from .data import AevlpError, nearest, open_clip_file
 
 # %% ../nbs/14b_ready.ipynb #02314b08
 def _hub() -> Path:
@@ -91,8 +91,8 @@ def _clip_at_hand(name, tag) -> bool:
                 f"{nearest(tag, _clip_tags(name))!r}"
             )
         return True
-    url = Path("~/.cache/clip").expanduser() / os.path.basename(said.get("url") or "-")
-    return url.is_file() or bool(said.get("hf_hub")) and _kept(said["hf_hub"])
+    hub = said.get("hf_hub")
+    return open_clip_file(said.get("url") or "-").is_file() or bool(hub) and _kept(hub)
 
 
 def _backbone_at_hand(name, weights) -> bool:

@@ -149,12 +149,9 @@ def _with_published(table, params, dataset) -> pd.DataFrame:
     )
     taken = np.zeros(len(table), dtype=bool)
     for i, (run, given) in enumerate(zip(table.run, params, strict=True)):
-        row = (
-            known.get(_asked({**given, **given["recipe"], "overrides": runs._overrides(given)}))
-            if pd.isna(run)
-            else None
-        )
-        if row:
+        if pd.notna(run):
+            continue
+        if row := known.get(_asked({**given, **given["recipe"], "overrides": runs._overrides(given)})):
             taken[i] = True
             for c in numbers:
                 table.loc[table.index[i], c] = row[c]

@@ -17,10 +17,10 @@ import traitlets
 from fastcore.basics import patch
 
 from . import plots
-from .damp import damp
 from .data import AevlpError, decode, progress
 from .explore import _CSS, Stage, _button, data_url, open_state, top_classes
 from .eyes import Eyes, open_bank, view_settings
+from .labelers import pseudo_labels
 from .reviewed import ORDERS, Review, draw, in_percent, map_of, names_of, predictions, sample, says, taken_labels
 from .vlm import similarities
 
@@ -40,17 +40,7 @@ def opinions(
     )
     parts = list(progress(eyes.over(data, ids), "CLIP looks at the pictures", total=-(-len(ids) // 64)))
     probs = similarities(torch.cat([p.cpu() for p in parts]).float(), state.prototypes.cpu(), recipe.temperature)
-    found = damp(
-        probs,
-        torch.from_numpy(data.observed[ids]),
-        local_threshold=recipe.local_threshold,
-        global_threshold=recipe.global_threshold,
-        top_k=recipe.top_k,
-        negative_ratio=recipe.negative_ratio,
-        strict=recipe.strict_local,
-        rule=recipe.negative_rule,
-        negatives_as=recipe.negatives_as,
-    )
+    found = pseudo_labels(probs, torch.from_numpy(data.observed[ids]), recipe)
     return found.final.numpy(), found.pseudo.numpy()
 
 

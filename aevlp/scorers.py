@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCORERS', 'FUSION_WEIGHTS', 'Scorer', 'WholeScorer', 'ViewsScorer', 'DampScorer', 'TokensScorer', 'gaussians',
-           'surest', 'PiaaScorer', 'build_scorer', 'split_scores', 'fuse', 'mean_ap', 'fusion_weight', 'beside_clip']
+           'surest', 'PiaaScorer', 'build_scorer', 'split_scores', 'logit', 'fuse', 'mean_ap', 'fusion_weight',
+           'beside_clip']
 
 # %% ../nbs/09c_scorers.ipynb #b29eb04f
 import numpy as np
@@ -14,7 +15,7 @@ from torch import nn
 from .damp import aggregate, local_threshold
 from .data import AevlpError, LabelledImages, nearest
 from .eyes import Eyes, clip_of, eyes_of, prototypes, token_views
-from .metrics import auc_observed, average_precision
+from .metrics import auc_observed, average_precision, class_mean
 from .vlm import dense_tokens, similarities, text_prototypes
 
 # %% ../nbs/09c_scorers.ipynb #1d365bda
@@ -238,7 +239,10 @@ def split_scores(
 FUSION_WEIGHTS = (0.25, 0.5, 1.0, 2.0, 4.0)
 
 
-def _logit(probs):
+def logit(
+    probs,  # any shape, in [0, 1]
+):  # float64, finite
+    "Log-odds"
     p = np.clip(np.asarray(probs, np.float64), 1e-6, 1 - 1e-6)
     return np.log(p) - np.log1p(-p)
 
@@ -249,7 +253,7 @@ def fuse(
     weight,
 ):  # w
     "Both opinions as one, (n, C) float32 in [0, 1]"
-    return (1 / (1 + np.exp(-_logit(probs) - weight * _logit(clip_probs)))).astype(np.float32)
+    return (1 / (1 + np.exp(-logit(probs) - weight * logit(clip_probs)))).astype(np.float32)
 
 
 def mean_ap(
@@ -257,8 +261,7 @@ def mean_ap(
 ):  # (n, C) each, truth -1 = unknown; AP of a class without positives, NaN leaves it out
     "mAP in percent over the classes of which anything is known; None where nothing is"
     known = (np.asarray(truth) >= 0).any(0)
-    found = average_precision(torch.as_tensor(probs), torch.as_tensor(truth), empty)[torch.as_tensor(known)]
-    return None if found.isnan().all() else float(100 * found.nanmean())
+    return class_mean(100 * average_precision(torch.as_tensor(probs), torch.as_tensor(truth), empty)[torch.as_tensor(known)])
 
 
 def fusion_weight(
@@ -286,18 +289,14 @@ def beside_clip(
     clip = {split: scorer.over(data, split, bank_root) for split in probs}
     clean = np.flatnonzero(data.clean("val"))
     every = np.full_like(data.observed, -1) if data.truth is None else data.truth
-    truth = {split: every[data.splits.get(split, np.empty(0, np.int64))] for split in probs}
-    weight = fusion_weight(probs["val"][clean], clip["val"][clean], truth["val"][clean])
-
-    def score(p, split):
-        return mean_ap(p, truth[split], np.nan if data.own else 0.0)
-
+    ids = {split: data.splits.get(split, np.empty(0, np.int64)) for split in probs}
+    weight = fusion_weight(probs["val"][clean], clip["val"][clean], every[ids["val"]][clean])
     numbers = dict(with_clip=name, fusion_weight=weight)
     for split, p in probs.items():
-        both, given = fuse(p, clip[split], weight), data.observed[data.splits.get(split, np.empty(0, np.int64))]
-        for who, said in (("clip", clip[split]), ("fused", both)):
-            auc = 100 * auc_observed(said, given)  # what can be said where no truth is known
-            numbers[f"{who}_{split}_map"] = score(said, split)
-            numbers[f"{who}_{split}_auc_observed"] = None if np.isnan(auc).all() else float(np.nanmean(auc))
+        truth, given = every[ids[split]], data.observed[ids[split]]
+        for who, said in (("clip", clip[split]), ("fused", fuse(p, clip[split], weight))):
+            numbers[f"{who}_{split}_map"] = mean_ap(said, truth, np.nan if data.own else 0.0)
+            # what can be said where no truth is known
+            numbers[f"{who}_{split}_auc_observed"] = class_mean(100 * auc_observed(said, given))
     arrays = dict(scorer=name, weight=weight, probs=clip["test"], val_probs=clip["val"])
     return numbers, arrays | {f"scorer_{k}": v.numpy() for k, v in scorer.weights().items()}

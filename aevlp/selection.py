@@ -123,7 +123,7 @@ def candidates(
                 run.train_epoch()
                 epoch = run.end_epoch()["epoch"]
                 if epoch % every == 0:
-                    test = train.class_mean(run.score("test", run.probabilities("test"))[0])
+                    test = metrics.class_mean(run.score("test", run.probabilities("test"))[0])
                     said = rule_scores(
                         run.probabilities("val").cpu().numpy(), data.observed[val], data.truth[val], draws
                     )

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['CACHE_BYTES', 'BATCH_BYTES', 'EVALUATION_BATCH', 'CLEAN_ENOUGH', 'HISTORY', 'QUALITY', 'OPTIMIZERS',
            'SECONDS_BETWEEN', 'seed_everything', 'deterministic', 'save_checkpoint', 'load_checkpoint', 'Pictures',
-           'global_batches', 'shard', 'gather_rows', 'predict', 'chosen_by', 'Training', 'tracker_named', 'class_mean',
-           'fuse_run', 'fit', 'load_run']
+           'global_batches', 'shard', 'gather_rows', 'predict', 'chosen_by', 'Training', 'tracker_named', 'fuse_run',
+           'fit', 'load_run']
 
 # %% ../nbs/13_train.ipynb #33de8b74
 import contextlib
@@ -59,6 +59,7 @@ from aevlp.metrics import (
     PseudoLabelMeter,
     auc_observed,
     average_precision,
+    class_mean,
     headline,
     map_interval,
     single_positive,
@@ -701,14 +702,6 @@ def score(self: Training, split, probs):
     average = average_precision(probs, torch.from_numpy(truth).to(self.device), self.empty)
     average[torch.from_numpy((truth == -1).all(0)).to(self.device)] = math.nan  # unknown, not without positives
     return 100 * average.cpu().numpy(), 100 * auc_observed(probs, given)
-
-
-def class_mean(
-    values,  # (C,) floats, NaN for no evidence
-) -> float | None:  # None where there is no evidence at all
-    "Mean over the classes that have a value."
-    values = torch.as_tensor(values)
-    return float(values[~values.isnan()].mean()) if (~values.isnan()).any() else None
 
 # %% ../nbs/13_train.ipynb #8c15195e
 SECONDS_BETWEEN = 5.0  # epochs of a frozen backbone that are written

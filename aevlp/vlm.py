@@ -20,7 +20,7 @@ from open_clip import transformer
 from open_clip.modified_resnet import ModifiedResNet
 from torch import Tensor, nn
 
-from .data import AevlpError, nearest, shipped
+from .data import AevlpError, nearest, open_clip_file, shipped
 
 # %% ../nbs/07_vlm.ipynb #c745f2fa
 _CHUNK = 2**19  # pixels that go through the image tower at a time on the CPU
@@ -95,11 +95,6 @@ class Clip:
             return self.model.encode_text(self.tokenizer(texts).to(self.device)).float()
 
 # %% ../nbs/07_vlm.ipynb #3b166afc
-def _downloaded(url) -> Path:
-    "Where open_clip keeps what it has from an address of no hub"
-    return Path("~/.cache/clip").expanduser() / url.rpartition("/")[2]
-
-
 def weights_of(
     name: str,  # open_clip's name of the architecture
     pretrained=None,  # its tag, a local file, 'none' = random; None = what ships for `name`
@@ -124,7 +119,7 @@ def weights_of(
         hint = f"the nearest tag is '{nearest(pretrained, tags)}'" if tags else "open_clip knows no tag for it"
         raise AevlpError(f"'{pretrained}' is no local file and no pretrained tag of {name}; {hint}.")
     known = open_clip.get_pretrained_cfg(name, pretrained)
-    if constants.HF_HUB_OFFLINE and not known.get("hf_hub") and not _downloaded(known["url"]).is_file():
+    if constants.HF_HUB_OFFLINE and not known.get("hf_hub") and not open_clip_file(known["url"]).is_file():
         raise AevlpError(f"'{pretrained}' of {name} is not on this machine, and nothing may be fetched here.")
     return dict(pretrained=pretrained, force_quick_gelu=known.get("quick_gelu", False))
 
