@@ -75,8 +75,7 @@ class Bank:
             write_json(path, manifest)
             print(
                 f"New CLIP bank {name}: {bank.bytes / 1e6:,.1f} MB an epoch ({views} x {width} numbers, "
-                f"{2 * views * width / 1e3:,.1f} kB a picture) "
-                f"in {folder.parent}",
+                f"{2 * views * width / 1e3:,.1f} kB a picture) in {folder.parent}",
                 file=sys.stderr,
             )
         for epoch in [

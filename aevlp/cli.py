@@ -542,7 +542,9 @@ def _page(kind, text, name, *examples):
 
         given = pages.checked(dataset, root, csv, run, recipes.parse_overrides(set_ or []), separator=separator)
         decisions = (
-            dict(out=str((out or Path("reviewed.csv")).absolute()), split=split or "train", order=order) if review else None
+            dict(out=str((out or Path("reviewed.csv")).absolute()), split=split or "train", order=order)
+            if review
+            else None
         )
         page = pages.notebook(given, decisions)
         raise typer.Exit(pages.serve(kind, page, port, browser, typer.echo, lambda text: typer.echo(text, err=True)))

@@ -201,13 +201,15 @@ function render({model, el}) {
   const strip = model.get('strip'), foot = strip ? 0 : 32, gap = 6
   const side = () => model.get('side')
   const columns = () => strip ? 1e9 : Math.max(1, Math.floor((pane.clientWidth + gap) / (side() + gap)))
-  const spot = i => { const c = columns(); return [(i % c) * (side() + gap),
-    Math.floor(i / c) * (side() + foot + gap)] }
+  const spot = i => {
+    const c = columns()
+    return [(i % c) * (side() + gap), Math.floor(i / c) * (side() + foot + gap)]
+  }
   const visible = () => {
     const n = model.get('count'), c = columns(), high = side() + foot + gap
     const first = strip ? Math.floor(pane.scrollLeft / (side() + gap)) - 3 : (Math.floor(pane.scrollTop / high) - 1) * c
-    const last = strip ? first + Math.ceil(pane.clientWidth / (side() + gap)) + 6 :
-      first + (Math.ceil(pane.clientHeight / high) + 2) * c
+    const last = first + (strip ? Math.ceil(pane.clientWidth / (side() + gap)) + 6
+      : (Math.ceil(pane.clientHeight / high) + 2) * c)
     return pane.clientWidth ? [Math.max(0, first), Math.min(n, last)] : [0, 0]
   }
 """
@@ -357,8 +359,10 @@ function render({model, el}) {
     svg.append(node)
     return node
   }
-  const numbers = (name, Kind) => { const v = model.get(name); return new Kind(v.buffer.slice(v.byteOffset,
-    v.byteOffset + v.byteLength)) }
+  const numbers = (name, Kind) => {
+    const v = model.get(name)
+    return new Kind(v.buffer.slice(v.byteOffset, v.byteOffset + v.byteLength))
+  }
   let xy = [], near = -1, lasso = null, wide = 1000
   const X = i => wide * xy[2 * i], Y = i => 1000 - 1000 * xy[2 * i + 1]
   const draw = () => {
@@ -384,8 +388,10 @@ function render({model, el}) {
 
 # %% ../nbs/15f_draw.ipynb #af591a98
 _MAP += """
-  const at = event => { const p = new DOMPoint(event.clientX,
-    event.clientY).matrixTransform(svg.getScreenCTM().inverse()); return [p.x / wide, 1 - p.y / 1000] }
+  const at = event => {
+    const p = new DOMPoint(event.clientX, event.clientY).matrixTransform(svg.getScreenCTM().inverse())
+    return [p.x / wide, 1 - p.y / 1000]
+  }
   const closest = ([x, y]) => {
     let best = -1, least = 0.0009
     for (let i = 0; i < xy.length / 2; i++) {
@@ -402,8 +408,8 @@ _MAP += """
   svg.onpointermove = event => {
     if (lasso) {
       lasso.push(at(event))
-      return svg.line.setAttribute('d', lasso.map(([x, y],
-        k) => `${k ? 'L' : 'M'}${wide * x} ${1000 - 1000 * y}`).join('') + 'Z')
+      return svg.line.setAttribute('d',
+        lasso.map(([x, y], k) => `${k ? 'L' : 'M'}${wide * x} ${1000 - 1000 * y}`).join('') + 'Z')
     }
     const i = closest(at(event))
     if (i !== near) { near = i; tip.hidden = true; if (i >= 0) model.send({near: i}) }
@@ -415,15 +421,15 @@ _MAP += """
     const way = lasso ?? [], far = Math.max(0, ...way.map(([x, y]) => Math.hypot(x - way[0][0], y - way[0][1])))
     lasso = null
     svg.line.setAttribute('d', '')
-    if (far > 0.02) model.send({lasso: [...Array(xy.length / 2).keys()].filter(i => inside([xy[2 * i], xy[2 * i + 1]],
-      way))})
+    const held = i => inside([xy[2 * i], xy[2 * i + 1]], way)
+    if (far > 0.02) model.send({lasso: [...Array(xy.length / 2).keys()].filter(held)})
     else if (way.length && closest(way[0]) >= 0) model.send({chosen: closest(way[0])})
   }
   model.on('msg:custom', (message, buffers) => {
     if (message.tip !== near) return
     const url = URL.createObjectURL(new Blob([buffers[0]], {type: 'image/jpeg'}))
-    tip.replaceChildren(Object.assign(document.createElement('img'), {src: url,
-      onload: () => URL.revokeObjectURL(url)}), message.text)
+    const image = Object.assign(document.createElement('img'), {src: url, onload: () => URL.revokeObjectURL(url)})
+    tip.replaceChildren(image, message.text)
     const r = svg.getBoundingClientRect(), left = xy[2 * near] * r.width
     Object.assign(tip.style, {left: `${left > r.width / 2 ? left - 190 : left + 30}px`,
       top: `${Math.max(0, (1 - xy[2 * near + 1]) * r.height - 60)}px`})

@@ -408,8 +408,8 @@ _CSS = CSS  # for the review
 _PAGE = """<style>
 .jp-Notebook:has(.aevlp-explore) h1, body:has(.aevlp-explore) h1 { font-size: 20px; margin: 0 }
 body:has(.aevlp-explore) blockquote { margin: 0; padding: 0 8px }
-.aevlp-explore { container-type: inline-size; width: 100%; --high: max(300px, calc(100vh - 330px)); --tall: max(230px,
-  calc(100vh - 390px)) }
+.aevlp-explore { container-type: inline-size; width: 100%; --high: max(300px, calc(100vh - 330px));
+  --tall: max(230px, calc(100vh - 390px)) }
 .aevlp-explore .row { flex-flow: row wrap; gap: 2px 8px; align-items: center; overflow: visible }
 .aevlp-explore .main { display: grid; grid-template-columns: minmax(260px, 1fr) minmax(380px, 1.5fr) 264px; gap: 14px;
   align-items: start; overflow: visible }

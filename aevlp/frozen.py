@@ -184,8 +184,7 @@ def _row_of(ids, data, path):  # -> {position in the data set: row of the featur
         )
     raise AevlpError(
         f"{path}: no features for {len(lacking):,} of {len(needed):,} pictures, as "
-        f"{Path(data.paths[lacking[0]]).name}; "
-        "ids are positions in the data set, or names of its pictures."
+        f"{Path(data.paths[lacking[0]]).name}; ids are positions in the data set, or names of its pictures."
     )
 
 # %% ../nbs/10b_frozen.ipynb #bbd1cbbe

@@ -97,8 +97,10 @@ class Glass(anywidget.AnyWidget):
 
     _esm = """
 function render({model, el}) {
-  const stage = event => { const s = event.target.closest?.('.aevlp-stage'); return s &&
-    s.closest('.aevlp-app')?.contains(el) ? s : null }
+  const stage = event => {
+    const s = event.target.closest?.('.aevlp-stage')
+    return s && s.closest('.aevlp-app')?.contains(el) ? s : null
+  }
   const follow = (s, event) => {
     const r = s.getBoundingClientRect(), at = (v, a, n) => Math.min(100, Math.max(0, 100 * (v - a) / n))
     const x = at(event.clientX, r.left, r.width), y = at(event.clientY, r.top, r.height)
@@ -112,8 +114,10 @@ function render({model, el}) {
     model.save_changes()
   }
   const move = event => { const s = model.get('on') && stage(event); if (s) follow(s, event) }
-  const show = () => el.closest('.aevlp-app')?.querySelector('.aevlp-stage')?.classList.toggle('zoomed',
-    model.get('on'))
+  const show = () => {
+    const s = el.closest('.aevlp-app')?.querySelector('.aevlp-stage')
+    s?.classList.toggle('zoomed', model.get('on'))
+  }
   model.on('change:on', show)
   const events = {click, pointermove: move}
   for (const [name, f] of Object.entries(events)) document.addEventListener(name, f)

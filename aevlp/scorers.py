@@ -261,7 +261,9 @@ def mean_ap(
 ):  # (n, C) each, truth -1 = unknown; AP of a class without positives, NaN leaves it out
     "mAP in percent over the classes of which anything is known; None where nothing is"
     known = (np.asarray(truth) >= 0).any(0)
-    return class_mean(100 * average_precision(torch.as_tensor(probs), torch.as_tensor(truth), empty)[torch.as_tensor(known)])
+    return class_mean(
+        100 * average_precision(torch.as_tensor(probs), torch.as_tensor(truth), empty)[torch.as_tensor(known)]
+    )
 
 
 def fusion_weight(

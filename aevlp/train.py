@@ -536,8 +536,7 @@ def check(self: Training):
             )
             raise AevlpError(
                 f"the loss is {loss} in epoch {self.at['epoch']}, step {step}, on {shown}; state and batch are in "
-                f"{where}: "
-                "look at the pictures, or lower lr and head_lr"
+                f"{where}: look at the pictures, or lower lr and head_lr"
             )
         self.at["loss"] += loss * len(ids)
         self.meter.update(self.row_of[ids], pseudo)

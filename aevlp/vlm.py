@@ -225,8 +225,7 @@ def token_grid(
     if _dense(tower) is None:
         raise AevlpError(
             f"{self.name} has no dense tokens that aevlp can read: its image tower ({type(tower).__name__}) pools in "
-            "another way "
-            "than a class token or CLIP's ResNets; choose another clip, or a method without tokens."
+            "another way than a class token or CLIP's ResNets; choose another clip, or a method without tokens."
         )
     stride = 32 if type(tower) is ModifiedResNet else tower.patch_size[0]
     if size % stride:
