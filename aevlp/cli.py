@@ -441,7 +441,7 @@ def bank_rm(name: str):
 )
 def predict(
     run: Run,
-    images: Annotated[list[Path], typer.Argument(help="Files and folders.")],
+    images: Annotated[list[Path], typer.Argument(help="Files and folders; of a run on features: .npy, .safetensors.")],
     out: Annotated[Path | None, typer.Option(help=".csv or .parquet; a picture grid goes beside it.")] = None,
     threshold: Annotated[float | None, typer.Option(min=0, max=1, help="Default: calibrated per class.")] = None,
     reviewed: Reviewed = None,
@@ -466,7 +466,7 @@ def predict(
         if as_json:
             _show(table, as_json, index=False)
         for row in () if as_json else table.itertuples():
-            typer.echo(f"{row.image}  {' '.join(row.labels.split()) or '–'}")
+            typer.echo(f"{row[1]}  {' '.join(row.labels.split()) or '–'}")
 
 
 @app.command(epilog=_example("export glyphs-aevlp-s0 --onnx"))

@@ -24,9 +24,8 @@ import pandas as pd
 import torch
 from torch import nn
 
-from . import datasets, methods, outcome, plots, runs, scorers, train
+from . import datasets, frozen, methods, outcome, plots, runs, scorers, train
 from .data import AevlpError, AevlpWarning, LabelledImages, decode, made_here, replacing, write_json, write_text
-from .frozen import whole
 from .metrics import ASSUMPTION, MEASURES
 from .models import FROZEN
 from .own import PICTURES
@@ -212,6 +211,29 @@ def _with_clip(run, settings, names, device) -> tuple:
     return lambda data, probs: scorers.fuse(probs, ask(data), weight), np.array(cut)
 
 
+def _predicted(rows, names, probs, cut) -> pd.DataFrame:  # as `predict`
+    labels = [label_text(n for n, yes in zip(names, row >= cut, strict=True) if yes) for row in probs]
+    shown = pd.DataFrame({**rows, "labels": labels})
+    return pd.concat([shown, pd.DataFrame(probs, columns=_columns(names))], axis=1)
+
+
+def _predict_features(run, model, names, files, threshold, device, with_clip) -> pd.DataFrame:  # as `predict`
+    files = [Path(f) for f in ([files] if isinstance(files, (str, Path)) else files)]
+    if wrong := [f for f in files if f.suffix not in (".npy", ".safetensors")]:
+        raise AevlpError(
+            f"{run.name} reads features that were computed elsewhere, not pictures: give a .npy or .safetensors with "
+            f"those of the new pictures in place of {wrong[0]}"
+        )
+    if with_clip:
+        raise AevlpError(f"{run.name} reads features, and CLIP would need the pictures: leave --with-clip out")
+    read = [frozen.head_rows(f, len(model.backbone.mean)) for f in files]
+    cut = thresholds(run, device).to_numpy() if threshold is None else threshold
+    with torch.no_grad():
+        logits = train.logits_of(model(torch.cat([rows for rows, _ in read]).to(device)))
+    ids = np.concatenate([np.asarray(ids).astype(str) for _, ids in read])
+    return _predicted({"id": ids}, names, logits.float().sigmoid().cpu().numpy(), np.broadcast_to(cut, len(names)))
+
+
 def predict(
     run,  # folder, name, or beginning of a name
     images,  # files and folders
@@ -220,9 +242,13 @@ def predict(
     folder=None,  # of all runs
     with_clip: bool = False,  # the classifier's opinion and CLIP's as one
 ) -> pd.DataFrame:  # image, labels, and one column of probabilities per class
-    "Probabilities and labels of pictures; files of a folder that get no row are named in a warning."
+    """Probabilities and labels of pictures; files of a folder that get no row are named in a warning.
+
+    A run on imported features reads files of features instead: its first column is `id`."""
     run = runs.find(run, folder)
     model, settings, names = train.load_run(run, device)
+    if settings["recipe"].features:
+        return _predict_features(run, model, names, images, threshold, device, with_clip)
     join, joint_cut = _with_clip(run, settings, names, device) if with_clip else (None, None)
     chosen = (
         joint_cut
@@ -240,15 +266,7 @@ def predict(
         "pictures", np.array([str(p) for p in paths]), names, nothing, None, {"test": np.arange(len(paths))}
     )
     probs = train.predict(model, data, np.arange(len(paths)), settings["recipe"], device).cpu().numpy()
-    probs = join(data, probs) if join else probs
-    labels = [label_text(n for n, yes in zip(names, row >= cut, strict=True) if yes) for row in probs]
-    return pd.concat(
-        [
-            pd.DataFrame({"image": [str(p) for p in paths], "labels": labels}),
-            pd.DataFrame(probs, columns=_columns(names)),
-        ],
-        axis=1,
-    )
+    return _predicted({"image": [str(p) for p in paths]}, names, join(data, probs) if join else probs, cut)
 
 # %% ../nbs/15c_deploy.ipynb #1e1b0434
 def _is_predictions(path) -> bool:
@@ -258,10 +276,10 @@ def _is_predictions(path) -> bool:
     except Exception:  # pandas and pyarrow raise a dozen types on files that are no tables
         return False
     probs = head.iloc[:, 2:]
+    pictures = list(head.columns[:2]) == ["image", "labels"] and head.image.map(os.path.isabs).all()
     return (
-        list(head.columns[:2]) == ["image", "labels"]
+        (pictures or list(head.columns[:2]) == ["id", "labels"])
         and probs.shape[1] > 0
-        and head.image.map(os.path.isabs).all()
         and all(d.kind == "f" for d in probs.dtypes)
     )
 
@@ -285,6 +303,8 @@ def save_predictions(
     "Write predictions as CSV or Parquet, and a grid of the first pictures with their labels as PNG."
     out, picture = prediction_files(out)
     table.to_csv(out, index=False) if out.suffix == ".csv" else table.to_parquet(out, index=False)
+    if "image" not in table:  # of features
+        return [out]
     picture.write_bytes(plots.png(grid(table.head(most))))
     return [out, picture]
 
@@ -406,7 +426,7 @@ def export(
     size = settings["recipe"].image_size
     shape, wants = (3, size, size), dict(squash_to=size, mean=list(map(float, net.mean)), std=list(map(float, net.std)))
     if settings["recipe"].backbone == FROZEN:
-        net, shape, wants = whole(net, settings["recipe"])
+        net, shape, wants = frozen.whole(net, settings["recipe"])
     asked = isinstance(net, scorers.Scorer)
     if asked:
         shape, wants = net.input_shape, wants | dict(squash_to=net.input_shape[-1], views=_shares(net))

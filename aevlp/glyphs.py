@@ -339,7 +339,8 @@ def load(
 # %% ../nbs/05_glyphs.ipynb #e7411e5e
 CLIP_NAME = "glyphs-clip"
 CLIP_WEIGHTS = "glyphs_clip.safetensors"  # in data/
-open_clip.add_model_config(shipped(f"{CLIP_NAME}.json"))
+for _name in (CLIP_NAME, "glyphs-clip-vit"):  # of the second no weights ship: data/glyphs_clip.md says why
+    open_clip.add_model_config(shipped(f"{_name}.json"))
 
 # %% ../nbs/05_glyphs.ipynb #161de579
 STUDENT_NAME = "glyphnet"

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from aevlp import frozen, recipes, runs, train
+from aevlp import deploy, frozen, recipes, runs, train
 from aevlp.data import AevlpError, Images, epoch_order
 from aevlp.eyes import embeddings
 from aevlp.recipes import recipe
@@ -194,9 +194,24 @@ def test_features_from_elsewhere(place, tmp_path):
     assert load_file(run / "best.safetensors")["head.weight"].shape == (5, 24)
     net, settings, _ = train.load_run(run)
     assert frozen.whole(net, settings["recipe"])[1] == (24,)
+    (run / "params.yaml").write_text("{}\n")  # what says that a folder is a run
+    known, test = np.load(run / "predictions.npz"), data.splits["test"]
+    new = {"features": torch.from_numpy(features[test]), "ids": torch.arange(len(test))}
+    save_file(new, tmp_path / "new.safetensors")
+    table = deploy.predict(run, tmp_path / "new.safetensors")
+    assert table.id.tolist() == [str(i) for i in range(len(test))]
+    assert np.abs(table[list(data.class_names)].to_numpy() - known["probs"]).max() < 2e-3
+    assert deploy.save_predictions(table, tmp_path / "found.csv") == [tmp_path / "found.csv"]
+    assert deploy.save_predictions(table, tmp_path / "found.csv")  # a command made it: it may be written again
+    with pytest.raises(AevlpError, match="give a .npy or .safetensors with those of the new pictures"):
+        deploy.predict(run, data.paths[0])
+    np.save(tmp_path / "narrow.npy", features[:, :20])
+    with pytest.raises(AevlpError, match=r"a row of \(20,\) makes 20 numbers, and this head reads 24"):
+        deploy.predict(run, tmp_path / "narrow.npy")
     other = replace(data, paths=np.array([p + ".jpg" for p in data.paths]))
     with pytest.raises(AevlpError, match="holds the features of other pictures than those of shapes"):
         fit(place, "other", "full", data=other, overrides={"features": name})
+    fit(place, "beside", "an", overrides={"epochs": 1})
     views = [p.name for p in (folder / "banks").iterdir() if p.name != name]
     with pytest.raises(AevlpError, match="holds CLIP's views, not imported features"):
         fit(place, "views", "full", overrides={"features": views[0]})
