@@ -1025,6 +1025,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'aevlp.scorers.split_scores': ('scorers.html#split_scores', 'aevlp/scorers.py'),
                                'aevlp.scorers.surest': ('scorers.html#surest', 'aevlp/scorers.py')},
             'aevlp.selection': { 'aevlp.selection._long': ('selection.html#_long', 'aevlp/selection.py'),
+                                 'aevlp.selection.among_runs': ('selection.html#among_runs', 'aevlp/selection.py'),
                                  'aevlp.selection.candidates': ('selection.html#candidates', 'aevlp/selection.py'),
                                  'aevlp.selection.chosen_regrets': ('selection.html#chosen_regrets', 'aevlp/selection.py'),
                                  'aevlp.selection.experiment': ('selection.html#experiment', 'aevlp/selection.py'),

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['REVIEWED', 'RULES', 'METHODS', 'FROZEN_RUNS', 'review_draws', 'rule_scores', 'chosen_regrets', 'regrets',
-           'candidates', 'experiment', 'prices']
+           'candidates', 'experiment', 'among_runs', 'prices']
 
 # %% ../nbs/15f_selection.ipynb #56cac873
 from itertools import product
@@ -171,7 +171,11 @@ def experiment(
     kept.mkdir(parents=True, exist_ok=True)
     for seed, observation, method in progress(list(product(seeds, observations, methods)), "selection"):
         params = runs.run_params(
-            "glyphs", method, seed, observation=f"{observation}, seed={1200 + seed}", overrides=dict(overrides)
+            "glyphs",
+            method,
+            seed,
+            observation=f"{observation}, seed={1200 + seed}",
+            overrides=FROZEN_RUNS | (overrides or {}),
         )
         path = kept / f"{runs.run_name(params)}-{every}.csv"
         if not path.is_file():
@@ -179,6 +183,30 @@ def experiment(
             write_text(path, made.to_csv(index=False, float_format="%.4f"))
         parts.append(pd.read_csv(path).assign(observation=observation, seed=seed, method=method))
     return regrets(pd.concat(parts, ignore_index=True))
+
+# %% ../nbs/15f_selection.ipynb #aaaaaaaa
+def among_runs(
+    table: pd.DataFrame,  # of `results.rows`: a finished run a row, each with validation pictures of known truth
+) -> pd.DataFrame:  # as `regrets`; scope 'run' (one of the runs of a seed) and 'epoch of a run'
+    """What every rule costs among finished runs, each at its best epoch by clean mAP.
+
+    Of the epochs of a run only validation mAP is kept, so that their regret is measured on validation too: it is an
+    upper bound, for clean mAP, measured on the same pictures, loses nothing there."""
+    said, parts, draws = [], [], None
+    for row in table.itertuples():
+        with np.load(Path(row.folder) / "predictions.npz", allow_pickle=False) as kept:
+            probs, given, truth = (kept[f"val_{key}"] for key in ("probs", "observed", "targets"))
+        draws = draws or review_draws(len(probs))
+        said.append(dict(seed=row.seed, test_map=row.test_map) | rule_scores(probs, given, truth, draws))
+        past = pd.read_csv(Path(row.folder) / "history.csv") if (Path(row.folder) / "history.csv").is_file() else []
+        if len(past):
+            lost = past.val_map.max() - past.val_map[past.val_auc_observed.idxmax()]
+            place = dict(scope="epoch of a run", observation="uniform", seed=row.seed, method=row.label)
+            parts.append(pd.DataFrame([dict(**place, rule="AUC", regret=lost)]))
+    for seed, every in pd.DataFrame(said).groupby("seed"):
+        rules = [c for c in every if c.split(" #")[0] in RULES]
+        parts.append(_long(chosen_regrets(every, rules), scope="run", method="", observation="uniform", seed=seed))
+    return pd.concat(parts, ignore_index=True)
 
 # %% ../nbs/15f_selection.ipynb #c16341e4
 def prices(

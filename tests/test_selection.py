@@ -103,6 +103,48 @@ def test_candidates_are_the_epochs_of_the_run(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["select_by"] == "map"
 
 
+def test_choices_among_finished_runs_equal_plain_loops(tmp_path, monkeypatch):
+    monkeypatch.setattr(selection, "REVIEWED", (20,))
+    rows, said = [], []
+    for k in range(6):
+        probs, given, truth = split(k % 2)
+        probs = probs + np.random.default_rng(k).normal(size=probs.shape)
+        kept, past = dict(val_probs=probs, val_observed=given, val_targets=truth), dict(val_map=[10.0 + k, 30, 20])
+        (tmp_path / str(k)).mkdir()
+        np.savez(tmp_path / str(k) / "predictions.npz", **kept)
+        pd.DataFrame(past | dict(val_auc_observed=[1, 2, 3.0])).to_csv(tmp_path / str(k) / "history.csv")
+        rows.append(dict(label=f"m{k // 2}", seed=k % 2, test_map=50.0 + 3 * k, folder=str(tmp_path / str(k))))
+        auc = np.mean([roc_auc_score(given[:, c], probs[:, c]) for c in range(6)])
+        said.append((k % 2, auc, 50.0 + 3 * k))
+    found = selection.among_runs(pd.DataFrame(rows))
+    assert (found[found.scope == "epoch of a run"].regret == 10).all()
+    for seed in (0, 1):
+        every = [s for s in said if s[0] == seed]
+        lost = max(s[2] for s in every) - max(every, key=lambda s: s[1])[2]
+        one = found[(found.scope == "run") & (found.seed == seed)].set_index("rule").regret
+        assert one["AUC"] == pytest.approx(lost) and set(one.index) == set(selection.RULES) - {
+            "50 reviewed",
+            "100 reviewed",
+            "200 reviewed",
+        }
+
+
+def test_the_experiment_trains_heads_unless_told_otherwise(tmp_path, monkeypatch):
+    seen = []
+
+    def candidate(data, method, recipe, seed, every):
+        seen.append((method, recipe.backbone, recipe.epochs, recipe.view_seed))
+        said = {rule: 1.0 for rule in selection.RULES if "reviewed" not in rule} | {"20 reviewed #0": 1.0}
+        return pd.DataFrame([dict(epoch=3, test_map=50.0) | said])
+
+    monkeypatch.setattr(selection, "candidates", candidate)
+    monkeypatch.setattr("aevlp.runs.load_data", lambda params: None)
+    found = selection.experiment(["an", "gr"], [0], ["size"], folder=tmp_path)
+    assert seen == [("an", "frozen", 60, 0), ("gr", "frozen", 60, 0)] and (found.regret == 0).all()
+    selection.experiment(["an", "gr"], [0], ["size"], folder=tmp_path)
+    assert len(seen) == 2  # kept
+
+
 def choices():
     """Made-up regrets of which the page must find the best."""
     rng, rows = np.random.default_rng(0), []
@@ -114,6 +156,8 @@ def choices():
             rows += [dict(scope="epoch", method=m, regret=price, **place) for m in ("an", "gr")]
         place = dict(scope="method", method="", observation=o, seed=s)
         rows += [dict(rule=r, regret=4.0, **place) for r in [*selection.RULES, *two]]
+        rows += [dict(rule=r, regret=2.0, **place | dict(scope="run")) for r in selection.RULES]
+        rows += [dict(rule="AUC", regret=1.0, **place | dict(scope="epoch of a run", method="an"))]
     return pd.DataFrame(rows)
 
 
