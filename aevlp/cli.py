@@ -134,10 +134,10 @@ def train(
     tracker: Tracker = None,
 ):
     "One run; a finished one is reused, a half-done one goes on."
-    from aevlp import recipes, runs
+    from aevlp import recipes, runner
 
     _track(tracker)
-    folder = runs.train(
+    folder = runner.train(
         dataset=dataset,
         method=method,
         seed=seed,
@@ -171,10 +171,10 @@ def sweep(
     as_json: Json = False,
 ):
     "All runs of a table, a figure, or your own YAML file."
-    from aevlp import recipes, runs
+    from aevlp import recipes, sweeps
 
     _track(tracker)
-    table = runs.sweep(
+    table = sweeps.sweep(
         spec,
         dataset,
         root,
@@ -191,7 +191,7 @@ def sweep(
     )
     _show(table, as_json, index=False)
     if dry_run and not as_json:
-        typer.echo(runs.cost(table, workers or runs.machine_workers(threads)))
+        typer.echo(sweeps.cost(table, workers or sweeps.machine_workers(threads)))
     if not dry_run and not table.state.isin(["done", "reused"]).all():
         raise typer.Exit(1)
 
@@ -231,9 +231,9 @@ def results(
     as_json: Json = False,
 ):
     "All runs with their numbers, in percent; with --reviewed, measured on what a person looked at."
-    from aevlp import metrics, runs
+    from aevlp import board, metrics
 
-    table = runs.frame()
+    table = board.frame()
     for column, wanted in (("dataset", dataset), ("method", method), ("state", state)):
         table = table if wanted is None else table[table[column] == wanted]
     if reviewed:

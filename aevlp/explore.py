@@ -26,7 +26,7 @@ import yaml
 from fastcore.basics import patch
 from PIL import Image
 
-from . import datasets, draw, plots, runs
+from . import board, datasets, draw, plots, runs
 from . import table as tables
 from .damp import DampScores
 from .data import AevlpError, LabelledImages, decode, in_threads, progress, write_text
@@ -809,7 +809,7 @@ async def _watch(self: Explore, job):
     while job["found"] is None and job["error"] is None and not job["stop"]:
         done, total, what = job["at"]
         self.bar.max, self.bar.value = max(total, 1), done
-        left = "" if job["left"] is None else f", about {runs._clock(job['left'])} left"
+        left = "" if job["left"] is None else f", about {board.clock(job['left'])} left"
         self.say(f"looking at every image once: {what}, {done} of {total}{left}")
         await asyncio.sleep(0.2)
     if job is self._job:
@@ -832,7 +832,7 @@ def _ended(self: Explore, job):
     self.cancel.layout.display, self.compute.layout.display = "none", ""
     if job["error"] is not None:
         return self.say(job["error"], "note")
-    left = f" (about {runs._clock(job['left'])})" if job["left"] else ""
+    left = f" (about {board.clock(job['left'])})" if job["left"] else ""
     self.say(
         f"Filters, columns and the tabs after Find need one look at every image of the split{left}; it can be used "
         "meanwhile."

@@ -99,7 +99,7 @@ def notebook(
     from papermill.iorw import load_notebook_node
     from papermill.parameterize import parameterize_notebook
 
-    source = runs._experiments().parent / f"tutorials/{'review' if review else 'explore'}.ipynb"
+    source = runs.experiments_root().parent / f"tutorials/{'review' if review else 'explore'}.ipynb"
     if not source.is_file():
         raise AevlpError(f"{source} is missing; install the package again")
     values = given | (review or {})

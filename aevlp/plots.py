@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['BLACK', 'ORANGE', 'SKY', 'GREEN', 'YELLOW', 'BLUE', 'VERMILLION', 'PURPLE', 'CYCLE', 'MARKERS', 'style', 'Picture',
-           'canvas', 'png', 'save', 'probability_histograms', 'half_interval', 'delta_neg_curves', 'pseudo_quality',
-           'learning_curves', 'patches_over_image', 'similarity_heatmap', 'scores_bar', 'front', 'cost_front',
-           'selection_prices']
+           'canvas', 'png', 'save', 'diagram', 'probability_histograms', 'half_interval', 'delta_neg_curves',
+           'pseudo_quality', 'learning_curves', 'patches_over_image', 'similarity_heatmap', 'scores_bar', 'front',
+           'cost_front', 'selection_prices']
 
 # %% ../nbs/14_plots.ipynb #53cd1d25
 from contextlib import contextmanager
@@ -118,6 +118,31 @@ def save(
         fig.savefig(files[1], format="svg", metadata={"Date": None, "Creator": None})
         fig.savefig(files[2], format="pdf", metadata={"CreationDate": None, "Creator": None, "Producer": None})
     return files
+
+# %% ../nbs/14_plots.ipynb #8b49bee8
+def diagram(
+    boxes: dict,  # name -> (x, y, text), or (x, y, text, colour); from the lower left corner, in inches
+    arrows: list,  # of (name, name), or (name, name, text)
+    size=(9, 3),  # width and height in inches
+) -> Picture:
+    "Boxes with text, and arrows from one to another."
+    with style(**{"axes.grid": False}):
+        fig, ax = canvas(size=size)
+        ax.set(xlim=(0, size[0]), ylim=(0, size[1]))
+        ax.set_axis_off()
+        drawn = {}
+        for name, (x, y, text, *colour) in boxes.items():
+            box = {"boxstyle": "round,pad=0.45", "facecolor": (*colour, "white")[0], "edgecolor": "#555555"}
+            drawn[name] = ax.text(x, y, text, ha="center", va="center", fontsize=10, bbox=box)
+        for start, end, *said in arrows:
+            ends = {"patchA": drawn[start].get_bbox_patch(), "patchB": drawn[end].get_bbox_patch()}
+            way = {"arrowstyle": "->", "color": "#555555", "shrinkA": 2, "shrinkB": 2} | ends
+            (x0, y0), (x1, y1) = boxes[start][:2], boxes[end][:2]
+            ax.annotate("", (x1, y1), (x0, y0), arrowprops=way)
+            if said:
+                plain = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+                ax.text((x0 + x1) / 2, (y0 + y1) / 2, said[0], ha="center", va="center", fontsize=9, bbox=plain)
+    return fig
 
 # %% ../nbs/14_plots.ipynb #181f0d2b
 def _share(values, bins):

@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from . import outcome, plots, runs
+from . import board, outcome, plots, runner, runs, sweeps
 from .data import AevlpError, _checkout, write_text
 from .metrics import ASSUMPTION, MEASURES
 
@@ -80,16 +80,16 @@ def rows(
     seeds=None,
     folder=None,  # of all runs
     overrides=None,  # on top of every row's own
-) -> pd.DataFrame:  # label, seed, paper, run, and all columns of `runs.frame()`; NaN where the run is missing
+) -> pd.DataFrame:  # label, seed, paper, run, and all columns of `board.frame()`; NaN where the run is missing
     "The runs of a sweep on one data set, finished ones with their numbers."
     from aevlp import registry
 
-    plan = runs.expand(spec, dataset, root, csv, seeds, overrides)
+    plan = sweeps.expand(spec, dataset, root, csv, seeds, overrides)
     paper = [
         registry.get(m).reference.get(dataset) if pd.isna(p) and not _OTHERS & set(given["overrides"]) else p
         for m, p, given in zip(plan.method, plan.paper.astype(object), plan.params, strict=True)
     ]
-    found = runs.frame(folder)
+    found = board.frame(folder)
     found = found[found.state == "done"].drop_duplicates("key", keep="last")
     kept = (
         plan.assign(paper=paper, wanted=plan.run)
@@ -151,7 +151,7 @@ def _with_published(table, params, dataset) -> pd.DataFrame:
     for i, (run, given) in enumerate(zip(table.run, params, strict=True)):
         if pd.notna(run):
             continue
-        if row := known.get(_asked({**given, **given["recipe"], "overrides": runs._overrides(given)})):
+        if row := known.get(_asked({**given, **given["recipe"], "overrides": board.overrides_text(given)})):
             taken[i] = True
             for c in numbers:
                 table.loc[table.index[i], c] = row[c]
@@ -208,7 +208,7 @@ def missing(
 
 def beside_paper(
     table: pd.DataFrame,  # of `rows`
-    metrics: dict,  # {column of `runs.frame()`: (heading, factor)}
+    metrics: dict,  # {column of `board.frame()`: (heading, factor)}
     baseline: str | None = None,  # label of the row to compare with
     metric: str = "test_map",  # the column to compare
 ) -> pd.DataFrame:
@@ -301,7 +301,7 @@ def _failed(plan, folder) -> list:
     parts = []
     for name in plan.run.unique():
         if runs.status(folder / name)["state"] == "failed":
-            why = runs._read_json(folder / name / "error.json")
+            why = runs.json_or_empty(folder / name / "error.json")
             lines = html.escape("\n".join(why.get("last_lines", [])))
             parts.append(
                 f"<h3>{html.escape(name)}</h3><p>{html.escape(why.get('error', 'no error was recorded'))} "
@@ -355,14 +355,14 @@ def report(
     out=None,  # default NAME.html in that folder, where its links lead to the notebooks
 ) -> Path:
     "One self-contained HTML page of a sweep: tables, significance, figures, failed runs, links to the notebooks."
-    spec, folder = runs.load_spec(spec), Path(folder or runs.runs_root()).absolute()
-    plan = runs.expand(spec, dataset, root, csv, seeds)
+    spec, folder = sweeps.load_spec(spec), Path(folder or runs.runs_root()).absolute()
+    plan = sweeps.expand(spec, dataset, root, csv, seeds)
     page = re.sub(r"[^\w. -]+", "_", spec["name"]).lstrip(".")  # a name leads nowhere else
     named, out = bool(out), Path(out or folder / f"{page}.html")
     out.parent.mkdir(parents=True, exist_ok=True)
     if named:
         outcome.keep_foreign(out, outcome.is_page)
-    past = runs.history(folder, set(plan.run))
+    past = board.history(folder, set(plan.run))
     parts = [f"<h1>{html.escape(spec.get('title') or spec['name'])}</h1>"]
     for name in plan.dataset.unique():
         parts += _section(spec, name, root, csv, seeds, folder, past)
@@ -446,7 +446,7 @@ def prices(
     "What each row of a table costs, in training and at a prediction."
     from aevlp import recipes, registry
 
-    plan = runs.expand(spec, dataset, root, csv, seeds=[0])
+    plan = sweeps.expand(spec, dataset, root, csv, seeds=[0])
     given = {row.label: (registry.get(row.method), recipes.Recipe(**row.params["recipe"])) for row in plan.itertuples()}
     own = {
         label: m.scorer or ("clip-views" if r.backbone == "frozen" else "classifier") for label, (m, r) in given.items()
@@ -522,9 +522,9 @@ def render(
     out = folder / "notebooks" / f"{dataset}-{notebook.name}"
     given = dict(dataset=dataset, runs_dir=str(folder), figures_dir=str(Path(figures or figures_root()).absolute()))
     try:
-        return runs.execute(notebook, given | params, out)
+        return runner.execute(notebook, given | params, out)
     except Exception as e:
-        raise runs.RunFailed(f"{runs._explain(e)['error']} (notebook {out})") from e
+        raise runs.RunFailed(f"{runner.explain(e)['error']} (notebook {out})") from e
 
 # %% ../nbs/15b_results.ipynb #a63ba94b
 def demo(
@@ -541,9 +541,9 @@ def demo(
     figures = Path(figures or figures_root()).absolute()
     spec = dict(DEMO, seeds=list(range(seeds)))
     plan = pd.concat(
-        [runs.expand(spec), runs.expand("figure3", seeds=[0], overrides=spec["overrides"])]
+        [sweeps.expand(spec), sweeps.expand("figure3", seeds=[0], overrides=spec["overrides"])]
     ).drop_duplicates("run")
-    made = runs.sweep(plan, workers=workers, runs=folder, show=show)
+    made = sweeps.sweep(plan, workers=workers, runs=folder, show=show)
     failed = made[~made.state.isin(["done", "reused"])]
     for i, notebook in enumerate(PICTURES if failed.empty else (), 1):
         print(f"picture {i}/{len(PICTURES)}: {notebook}", flush=True)
@@ -554,7 +554,7 @@ def demo(
         f"\n{table.to_string()}\n\n{DEMO['overrides']['epochs']} epochs, where the tables take up to 24: the order is "
         "theirs, "
         f"the numbers are lower.\npictures  {figures / 'glyphs'}\nruns      {folder}\ntime      "
-        f"{runs._clock(time.monotonic() - began)}"
+        f"{board.clock(time.monotonic() - began)}"
     )
     if len(failed):
         raise runs.RunFailed(f"{len(failed)} runs did not end: {failed.iloc[0].run}: {failed.iloc[0].error}")

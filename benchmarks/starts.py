@@ -49,7 +49,7 @@ def command(words, folder, repeats=3):
 
 
 def history(folder, repeats=3):
-    code = "import sys; from aevlp import runs; assert len(runs.history(sys.argv[1])) > 1"
+    code = "import sys; from aevlp import board; assert len(board.history(sys.argv[1])) > 1"
     return min(spent(["-c", code, str(folder)], folder) for _ in range(repeats))
 
 

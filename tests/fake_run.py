@@ -93,12 +93,12 @@ def alive(pid) -> bool:
 
 
 class Sweep:
-    """`runs.sweep` in a process of its own, which signals can reach."""
+    """`sweeps.sweep` in a process of its own, which signals can reach."""
 
     def __init__(self, spec, folder, notebook, workers=2):
-        code = f"""from aevlp import runs
+        code = f"""from aevlp import sweeps
 if __name__ == "__main__":
-    table = runs.sweep({spec!r}, workers={workers}, runs={str(folder)!r}, notebook={notebook!r})
+    table = sweeps.sweep({spec!r}, workers={workers}, runs={str(folder)!r}, notebook={notebook!r})
     print(table.state.tolist())"""
         script = Path(folder) / f"sweep{time.monotonic_ns()}.py"
         script.write_text(code)

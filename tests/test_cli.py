@@ -126,11 +126,11 @@ def test_wrong_use_is_exit_code_2_and_says_what_to_do(capsys, tmp_path, monkeypa
 def test_a_run_that_fails_is_exit_code_1_and_one_line(capsys, tmp_path, monkeypatch):
     from fake_run import fake_notebook
 
-    from aevlp import runs
+    from aevlp import runner
 
     monkeypatch.setenv("AEVLP_RUNS", str(tmp_path))
-    notebook, train = fake_notebook(tmp_path, fail=[4]), runs.train
-    monkeypatch.setattr(runs, "train", lambda **kw: train(**kw, notebook=notebook))
+    notebook, train = fake_notebook(tmp_path, fail=[4]), runner.train
+    monkeypatch.setattr(runner, "train", lambda **kw: train(**kw, notebook=notebook))
     code, _, err = call(capsys, "train", "--method", "gr", "--seed", "4")
     assert code == 1 and err.splitlines()[-1].startswith("aevlp: ValueError: seed 4 was told to fail")
     code, out, _ = call(capsys, "train", "--method", "gr", "--seed", "3")
@@ -163,9 +163,9 @@ def test_a_closed_pipe_is_no_error():
 
 
 def test_a_defect_is_one_sentence_too(capsys, monkeypatch):
-    from aevlp import runs
+    from aevlp import board
 
-    monkeypatch.setattr(runs, "frame", lambda: 1 / 0)
+    monkeypatch.setattr(board, "frame", lambda: 1 / 0)
     code, _, err = call(capsys, "results")
     assert (code, err) == (1, "aevlp: ZeroDivisionError: division by zero (AEVLP_DEBUG=1 shows where)\n")
 

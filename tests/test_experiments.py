@@ -14,7 +14,7 @@ from test_deploy import SMALL
 from test_runs import finished
 from tiny import CLIP, shapes
 
-from aevlp import cli, datasets, results, runs
+from aevlp import board, cli, datasets, results, runner, runs, sweeps
 
 FIGURES = ["figure2", "figure3", "damp_quality"]
 TABLES = [f"table{n}" for n in range(1, 9)]
@@ -24,7 +24,7 @@ TABLES = [f"table{n}" for n in range(1, 9)]
 def made(tmp_path_factory):
     """Finished runs of every shipped sweep, without training."""
     folder, rng = tmp_path_factory.mktemp("runs"), np.random.default_rng(0)
-    plan = pd.concat([runs.expand(name, seeds=[0, 1, 2]) for name in ["figure2", "figure3", *TABLES]])
+    plan = pd.concat([sweeps.expand(name, seeds=[0, 1, 2]) for name in ["figure2", "figure3", *TABLES]])
     for i, row in enumerate(plan.drop_duplicates("run").itertuples()):
         p = row.params
         run = finished(folder, 50.0 + i % 7 + row.seed, method=p["method"], seed=p["seed"], overrides=p["overrides"])
@@ -89,14 +89,14 @@ def test_a_real_run_on_a_folder_and_a_csv(tmp_path):
     given = dict(
         dataset="csv", root=tmp_path / "pictures", csv=tmp_path / "labels.csv", overrides=SMALL | {"epochs": 2}
     )
-    folder = runs.train(method="gr", runs=tmp_path / "runs", **given)
+    folder = runner.train(method="gr", runs=tmp_path / "runs", **given)
     assert folder.name.startswith("labels-gr-s0-")
     notebook = nbformat.read(folder / "train.ipynb", 4)
     outputs = [o for c in notebook.cells if c.cell_type == "code" for o in c.outputs]
     assert any("image/png" in o.get("data", {}) for o in outputs) and not any(o.output_type == "error" for o in outputs)
-    row = runs.frame(tmp_path / "runs").iloc[0]
+    row = board.frame(tmp_path / "runs").iloc[0]
     assert row.state == "done" and 0 < row.test_map <= 100 and row.epochs_run == 2 and row.backbone == "glyphnet"
-    assert runs.history(tmp_path / "runs").epoch.tolist() == [1, 2]
+    assert board.history(tmp_path / "runs").epoch.tolist() == [1, 2]
 
 
 TREES = {"voc": voc_tree, "coco": coco_tree, "nus": partial(nus_tree, layout="TrainTestLabels"), "cub": cub_tree}
@@ -125,7 +125,7 @@ def test_the_command_trains_on_an_official_tree_and_names_what_is_missing_before
     with pytest.raises(SystemExit) as end:
         cli.main(command)
     assert not end.value.code, capsys.readouterr().err
-    row = runs.frame(tmp_path / "runs").query("state == 'done'").iloc[0]
+    row = board.frame(tmp_path / "runs").query("state == 'done'").iloc[0]
     assert (row.dataset, row.epochs_run, row.test_map > 0) == (dataset, 1, True)
     assert [len(list((Path(row.folder) / "pseudo").glob("*.npz"))), Path(row.folder, "best.safetensors").is_file()] == [
         1,

@@ -10,7 +10,7 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
-from aevlp import deploy, frozen, recipes, runs, train
+from aevlp import board, deploy, frozen, recipes, runner, runs, sweeps, train
 from aevlp.data import AevlpError, Images, epoch_order
 from aevlp.eyes import embeddings
 from aevlp.recipes import recipe
@@ -222,16 +222,16 @@ def test_a_sweep_makes_short_runs_in_one_kernel(tmp_path, monkeypatch):
     bad = {"backbone": "frozen", "clip_weights": str(tmp_path / "missing.pt"), "epochs": 1}
     plan = [runs.run_params("glyphs", method, overrides=given) for method, given in
             (("an", overrides), ("mime", overrides), ("gr", bad), ("full", overrides))]  # fmt: skip
-    outcomes = runs.attempts(plan, tmp_path)
+    outcomes = runner.attempts(plan, tmp_path)
     assert [o["state"] for o in outcomes] == ["done", "failed", "failed", "done"]
     assert "no map" in outcomes[1]["error"] and "missing.pt" in outcomes[2]["error"]
     folders = [tmp_path / runs.run_name(p) for p in plan]
     kernels = [runs.status(f)["kernel"]["pid"] for f in folders]
     assert len(set(kernels)) == 1 and kernels[0] != os.getpid()
     assert all((f / "train.ipynb").is_file() and (f / "params.yaml").is_file() for f in folders)
-    assert sorted(runs.frame(tmp_path).state) == ["done", "done", "failed", "failed"]
-    assert [o["state"] for o in runs.attempts(plan[:1], tmp_path)] == ["reused"]
-    alone = runs.attempt(plan[0] | {"seed": 0}, tmp_path / "alone")
+    assert sorted(board.frame(tmp_path).state) == ["done", "done", "failed", "failed"]
+    assert [o["state"] for o in runner.attempts(plan[:1], tmp_path)] == ["reused"]
+    alone = runner.attempt(plan[0] | {"seed": 0}, tmp_path / "alone")
     assert alone["state"] == "done"
     one, other = (Path(root) / runs.run_name(plan[0]) / "predictions.npz" for root in (tmp_path, tmp_path / "alone"))
     assert np.array_equal(np.load(one)["probs"], np.load(other)["probs"])
@@ -243,8 +243,8 @@ def test_frozen_runs_are_handed_out_together():
     ]
     todo = {runs.run_name(p): p for p in plan}
     frozen_names = [n for n, p in todo.items() if p["recipe"]["backbone"] == "frozen"]
-    assert runs._units(list(todo), todo, 1) == [[n] for n in todo if n not in frozen_names] + [frozen_names]
-    assert sorted(map(len, runs._units(list(todo), todo, 2))) == [1, 1, 1, 1]
-    now, later = runs._waves(todo, set())
+    assert sweeps._units(list(todo), todo, 1) == [[n] for n in todo if n not in frozen_names] + [frozen_names]
+    assert sorted(map(len, sweeps._units(list(todo), todo, 2))) == [1, 1, 1, 1]
+    now, later = sweeps._waves(todo, set())
     assert sum(n in now for n in frozen_names) == 1, "one fills the bank, the other waits for it"
-    assert runs.bank_of(plan[0]) == runs.bank_of(runs.run_params("glyphs", "aevlp"))
+    assert sweeps.bank_of(plan[0]) == sweeps.bank_of(runs.run_params("glyphs", "aevlp"))

@@ -17,7 +17,7 @@ from fake_run import alive, begun, fake_notebook, states
 from safetensors.torch import save
 from test_runs import finished
 
-from aevlp import cli, models, recipes, runs, train
+from aevlp import board, cli, models, recipes, runner, runs, sweeps, train
 from aevlp.data import AevlpError, replacing, write_json
 
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
@@ -44,7 +44,7 @@ def test_hostile_yaml_is_refused_within_a_second(tmp_path, monkeypatch, what):
     (tmp_path / "sweep.yaml").write_text(text)
     (tmp_path / "params.yaml").write_text(text)
     began = time.process_time()
-    for read in (lambda: runs.load_spec(tmp_path / "sweep.yaml"), lambda: runs.read_params(tmp_path)):
+    for read in (lambda: sweeps.load_spec(tmp_path / "sweep.yaml"), lambda: runs.read_params(tmp_path)):
         with pytest.raises(AevlpError, match=f"yaml.*{says}"):
             read()
     assert (
@@ -65,9 +65,9 @@ block: |
   lines
 """
     (tmp_path / "a.yaml").write_text(text)
-    assert runs._read_yaml(tmp_path / "a.yaml") == yaml.safe_load(text)
-    for path in Path(runs._experiments()).glob("*.yaml"):
-        assert runs._read_yaml(path) == yaml.safe_load(path.read_text()), path
+    assert runs.read_yaml(tmp_path / "a.yaml") == yaml.safe_load(text)
+    for path in Path(runs.experiments_root()).glob("*.yaml"):
+        assert runs.read_yaml(path) == yaml.safe_load(path.read_text()), path
 
 
 def test_a_grid_of_a_billion_runs_is_refused_at_once():
@@ -78,7 +78,7 @@ def test_a_grid_of_a_billion_runs_is_refused_at_once():
     }
     began = time.process_time()
     with pytest.raises(AevlpError, match="1e.09 runs, more than 100000"):
-        runs.expand(spec)
+        sweeps.expand(spec)
     assert time.process_time() - began < 1
 
 
@@ -109,9 +109,9 @@ STRANGE = {
 FINE = {
     "a state nobody knows": {"state": "flying"},
     "a state that is a list": {"state": ["done"]},
-    "a negative process": {"state": "running", "host": runs._HOST, "process": {"pid": -5, "born": 1}},
-    "a process that is a list": {"state": "running", "host": runs._HOST, "process": [1], "kernel": [2]},
-    "a huge process": {"state": "running", "host": runs._HOST, "process": {"pid": 2**70, "born": "x"}},
+    "a negative process": {"state": "running", "host": runs.HOST, "process": {"pid": -5, "born": 1}},
+    "a process that is a list": {"state": "running", "host": runs.HOST, "process": [1], "kernel": [2]},
+    "a huge process": {"state": "running", "host": runs.HOST, "process": {"pid": 2**70, "born": "x"}},
     "seconds that are text": {"state": "done", "seconds": "long"},
 }
 
@@ -123,11 +123,11 @@ def test_a_strange_run_folder_hides_no_other(tmp_path, monkeypatch, capsys, what
         write_json(bad / "status.json", FINE[what])
     else:
         STRANGE[what](bad)
-    table = runs.frame(tmp_path).set_index("run")
+    table = board.frame(tmp_path).set_index("run")
     assert table.loc[good.name, "test_map"] == 61.25 and table.loc[good.name, "state"] == "done"
     assert what in FINE or table.loc[bad.name, "state"] == "unreadable" and str(bad) in table.loc[bad.name, "error"]
     assert what not in FINE or table.loc[bad.name, "state"] in ("new", "interrupted", "done")
-    runs.history(tmp_path)
+    board.history(tmp_path)
     monkeypatch.setenv("AEVLP_RUNS", str(tmp_path))
     for arguments in (["results"], ["results", "--json"], ["sweep", "table1", "--dry-run"]):
         with pytest.raises(SystemExit) as end:
@@ -142,8 +142,8 @@ def test_a_run_folder_that_is_a_pipe_or_goes_away_hides_no_other(tmp_path, monke
     os.mkfifo(bad / "params.yaml")
     found = runs.folders(tmp_path)
     shutil.rmtree(gone)
-    monkeypatch.setattr(runs, "folders", lambda _: found)
-    assert dict(runs.frame(tmp_path)[["run", "state"]].to_numpy()) == {good.name: "done", bad.name: "unreadable"}
+    monkeypatch.setattr(board, "folders", lambda _: found)
+    assert dict(board.frame(tmp_path)[["run", "state"]].to_numpy()) == {good.name: "done", bad.name: "unreadable"}
 
 
 # --- weights
@@ -225,9 +225,9 @@ def test_only_a_process_that_was_started_for_the_run_is_ended(tmp_path, of):
         **({} if of == "nobody" else {"AEVLP_RUN": str(folder if of == "this run" else tmp_path / "other")})
     )
     try:
-        said = dict(state="running", host=runs._HOST, process={"pid": 1, "born": 0}, kernel=runs._process(process.pid))
+        said = dict(state="running", host=runs.HOST, process={"pid": 1, "born": 0}, kernel=runs.process_of(process.pid))
         write_json(folder / "status.json", said)
-        assert runs.attempt(params, tmp_path, fake_notebook(tmp_path))["state"] == "done"
+        assert runner.attempt(params, tmp_path, fake_notebook(tmp_path))["state"] == "done"
         assert alive(process.pid) == (of != "this run")
     finally:
         process.kill()
@@ -261,14 +261,14 @@ def test_a_link_at_the_name_of_a_temporary_file_is_not_followed(tmp_path, monkey
 
 def test_folders_of_killed_processes_are_removed_by_the_next(tmp_path):
     code = f"""import os, signal
-from aevlp import runs
-with runs._scratch("mine-", {str(tmp_path)!r}):
+from aevlp import runner
+with runner.scratch("mine-", {str(tmp_path)!r}):
     os.kill(os.getpid(), signal.SIGKILL)"""
     subprocess.run([sys.executable, "-c", code])
     (left,) = tmp_path.glob("mine-*")
     (tmp_path / "mine-of-somebody").mkdir()  # not made by us: no lock in it
     (tmp_path / "mine-link").symlink_to(left)
-    with runs._scratch("mine-", tmp_path) as first, runs._scratch("mine-", tmp_path) as second:
+    with runner.scratch("mine-", tmp_path) as first, runner.scratch("mine-", tmp_path) as second:
         assert not left.exists() and first.is_dir() and second.is_dir()
         assert first.stat().st_mode & 0o077 == 0
     assert sorted(p.name for p in tmp_path.iterdir()) == ["mine-link", "mine-of-somebody"]
@@ -280,8 +280,8 @@ def test_a_temporary_folder_of_100_characters(tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(long))
     monkeypatch.setattr(tempfile, "tempdir", None)
     notebook = fake_notebook(tmp_path)
-    assert runs.attempt(runs.run_params("glyphs", "gr"), tmp_path, notebook)["state"] == "done"
-    table = runs.sweep({"methods": ["an"]}, runs=tmp_path, notebook=notebook, workers=1, show=False)
+    assert runner.attempt(runs.run_params("glyphs", "gr"), tmp_path, notebook)["state"] == "done"
+    table = sweeps.sweep({"methods": ["an"]}, runs=tmp_path, notebook=notebook, workers=1, show=False)
     assert table.state.tolist() == ["done"]
     assert not list(long.iterdir())
 
@@ -296,7 +296,7 @@ def test_a_folder_that_disappears_is_said_to_have_disappeared(tmp_path):
         Path(notebook).read_text().replace("lines = [", f"import shutil; shutil.rmtree({str(folder)!r}); lines = [", 1)
     )
     Path(notebook).write_text(text)
-    outcome = runs.attempt(params, tmp_path, notebook)
+    outcome = runner.attempt(params, tmp_path, notebook)
     assert outcome == dict(run=folder.name, state="failed", error=f"{folder} disappeared while the run was being made")
     assert not folder.exists()
 
@@ -305,10 +305,10 @@ def test_recording_an_error_never_raises(tmp_path, monkeypatch):
     def full(path, value):
         raise AevlpError(f"{path}: cannot be written (No space left on device); make room")
 
-    monkeypatch.setattr(runs, "write_json", full)
-    outcome = runs.attempt(runs.run_params("glyphs", "gr"), tmp_path, fake_notebook(tmp_path))
+    monkeypatch.setattr(runner, "write_json", full)
+    outcome = runner.attempt(runs.run_params("glyphs", "gr"), tmp_path, fake_notebook(tmp_path))
     assert outcome["state"] == "failed" and "No space left on device" in outcome["error"]
-    failed = runs._lost(
+    failed = sweeps._lost(
         type("Future", (), dict(status="error", exception=lambda self: OSError("gone")))(), "run", 3, tmp_path
     )
     assert failed["state"] == "failed" and "gone" in failed["error"]
@@ -330,13 +330,14 @@ class Elsewhere:
 def test_a_run_that_is_busy_elsewhere_is_not_lost(tmp_path, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(
-        runs, "time", type("Clock", (), dict(monotonic=lambda: now[0], sleep=lambda s: now.__setitem__(0, now[0] + 5)))
+        sweeps,
+        "time",
+        type("Clock", (), dict(monotonic=lambda: now[0], sleep=lambda s: now.__setitem__(0, now[0] + 5))),
     )
     params = runs.run_params("glyphs", "an")
-    board, name = runs.Board([params], tmp_path), runs.run_name(params)
-    tried = []
-    monkeypatch.setattr(runs, "_lost", lambda future, name, tries, where: tried.append(tries))
-    ended = runs._drive(Elsewhere(10), {name: params}, set(), tmp_path, "train", tmp_path / "stop", board)
+    name, seen, tried = runs.run_name(params), board.Board([params], tmp_path), []
+    monkeypatch.setattr(sweeps, "_lost", lambda future, name, tries, where: tried.append(tries))
+    ended = sweeps._drive(Elsewhere(10), {name: params}, set(), tmp_path, "train", tmp_path / "stop", seen)
     assert ended[name]["state"] == "done" and not tried
 
 
@@ -359,7 +360,7 @@ def test_a_disk_that_fills_during_a_sweep(tmp_path, small_disk, capfd):
     Path(notebook).write_text(
         text.replace("lines = [", "(folder / 'ballast').write_bytes(bytes(300_000)); lines = [", 1)
     )
-    table = runs.sweep({"methods": ["gr"], "seeds": [0, 1, 2, 3]}, workers=1, runs=small_disk, notebook=notebook)
+    table = sweeps.sweep({"methods": ["gr"], "seeds": [0, 1, 2, 3]}, workers=1, runs=small_disk, notebook=notebook)
     assert table.state.tolist()[0] == "done" and table.state.tolist()[-1] == "failed"
     assert all("No space left" in e for e in table.error.dropna()), table.error.tolist()
     assert "Traceback" not in capfd.readouterr().err
@@ -377,9 +378,9 @@ def test_a_signal_ends_what_was_started(tmp_path, how):
     script = tmp_path / "command.py"
     script.write_text(f"""import sys
 from functools import partial
-from aevlp import cli, runs
+from aevlp import cli, runner, sweeps
 given = dict(runs={str(tmp_path)!r}, notebook={str(notebook)!r})
-runs.sweep, runs.train = partial(runs.sweep, **given), partial(runs.train, **given)
+sweeps.sweep, runner.train = partial(sweeps.sweep, **given), partial(runner.train, **given)
 if __name__ == "__main__":
     cli.main(sys.argv[1:])
 """)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from aevlp import own, ready, runs
+from aevlp import own, ready, runner, runs, sweeps
 from aevlp.data import AevlpError
 from aevlp.datasets import check, load, resolve
 
@@ -319,7 +319,7 @@ def test_what_would_end_a_run_is_said_before_it(pics, monkeypatch, tmp_path):
         params = runs.run_params(None, **given, overrides=small | overrides)
         began = time.monotonic()
         with pytest.raises(AevlpError) as e:
-            runs.train(params, tmp_path / "runs", show=False)
+            runner.train(params, tmp_path / "runs", show=False)
         assert time.monotonic() - began < 10 and not (tmp_path / "runs").exists()  # under 3 on an idle machine
         return str(e.value)
 
@@ -422,7 +422,7 @@ def test_a_root_means_own_pictures_and_is_never_drawn_into(pics):
         load("glyphs", csv=pics.parent / "labels.csv")
     assert sorted(os.listdir(pics)) == before and resolve(None) == "glyphs"
     assert runs.run_params(None, "an", csv=_inside(pics))["dataset"] == "csv"
-    plan = runs.expand({"methods": ["an"], "seeds": [0]}, root=pics, csv=pics.parent / "labels.csv")
+    plan = sweeps.expand({"methods": ["an"], "seeds": [0]}, root=pics, csv=pics.parent / "labels.csv")
     assert plan.dataset.tolist() == ["csv"]
 
 

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from aevlp import cli, metrics, plots, recipes, results, runs
+from aevlp import board, cli, metrics, plots, recipes, results, runner, runs, sweeps
 from aevlp.data import AevlpError
 
 
@@ -98,20 +98,20 @@ def test_one_run_is_made_once_goes_on_after_a_kill_and_is_made_again_on_demand(t
     orphan = subprocess.Popen(["sleep", "100"], start_new_session=True, env=known)
     said = {
         "state": "running",
-        "host": runs._HOST,
+        "host": runs.HOST,
         "process": {"pid": 1, "born": 0},
-        "kernel": runs._process(orphan.pid),
+        "kernel": runs.process_of(orphan.pid),
     }
     (folder / "status.json").write_text(json.dumps(said))
     (folder / "last").mkdir()
     assert runs.status(folder)["state"] == "interrupted"
-    assert runs.train(params, tmp_path, notebook=notebook) == folder
+    assert runner.train(params, tmp_path, notebook=notebook) == folder
     assert orphan.wait(5) == -9, "the orphaned kernel was not ended"
     assert (folder / "last").is_dir(), "a half-done run starts from what is there"
     assert runs.status(folder)["state"] == "done" and (folder / "train.ipynb").is_file()
-    runs.train(params, tmp_path, notebook=notebook)
+    runner.train(params, tmp_path, notebook=notebook)
     assert len(begun(tmp_path)[folder.name]) == 1, "a finished run was made again"
-    runs.train(params, tmp_path, notebook=notebook, force=True)
+    runner.train(params, tmp_path, notebook=notebook, force=True)
     assert len(begun(tmp_path)[folder.name]) == 1 and not (folder / "last").exists(), "force starts from nothing"
     assert not any(alive(pid) for pid in begun(tmp_path)[folder.name])
 
@@ -125,7 +125,7 @@ def test_the_end_of_a_kernel_prints_nothing(tmp_path, capfd):
     busy += "\nhandlers['kernel_info_request'] = slow"
     cells.cells.append(nbformat.v4.new_code_cell(busy))
     nbformat.write(cells, notebook)
-    assert runs.attempt(params, tmp_path, notebook)["state"] == "done"
+    assert runner.attempt(params, tmp_path, notebook)["state"] == "done"
     assert capfd.readouterr() == ("", "")
     assert not any(alive(pid) for pids in begun(tmp_path).values() for pid in pids)
 
@@ -133,21 +133,20 @@ def test_the_end_of_a_kernel_prints_nothing(tmp_path, capfd):
 def test_a_failed_run_says_why(tmp_path):
     notebook = fake_notebook(tmp_path, fail=[5])
     with pytest.raises(runs.RunFailed, match="ValueError: seed 5 was told to fail.*train.ipynb"):
-        runs.train(runs.run_params("glyphs", "gr", seed=5), tmp_path, notebook=notebook)
-    row = runs.frame(tmp_path).iloc[0]
+        runner.train(runs.run_params("glyphs", "gr", seed=5), tmp_path, notebook=notebook)
+    row = board.frame(tmp_path).iloc[0]
     assert row.state == "failed" and row.error == "ValueError: seed 5 was told to fail"
 
 
 def test_a_lock_is_respected_and_a_stop_file_too(tmp_path):
     params = runs.run_params("glyphs", "gr")
-    with runs._locked(tmp_path / runs.run_name(params), wait=False) as ours:
+    with runner._locked(tmp_path / runs.run_name(params), wait=False) as ours:
         assert ours
-        other = (
-            f"from aevlp import runs; print(runs.attempt(runs.run_params('glyphs', 'gr'), {str(tmp_path)!r})['state'])"
-        )
+        again = f"runner.attempt(runs.run_params('glyphs', 'gr'), {str(tmp_path)!r})"
+        other = f"from aevlp import runner, runs; print({again}['state'])"
         assert subprocess.run([sys.executable, "-c", other], capture_output=True, text=True).stdout.strip() == "busy"
     (tmp_path / "stop").touch()
-    assert runs.attempt(params, tmp_path, stop=tmp_path / "stop")["state"] == "stopped"
+    assert runner.attempt(params, tmp_path, stop=tmp_path / "stop")["state"] == "stopped"
 
 
 def test_thousands_of_runs_are_read_in_seconds(tmp_path):
@@ -160,16 +159,16 @@ def test_thousands_of_runs_are_read_in_seconds(tmp_path):
         for name in ("metrics.json", "status.json", "history.csv"):
             os.link(first / name, folder / name)
     began = time.process_time()
-    table = runs.frame(tmp_path)
+    table = board.frame(tmp_path)
     assert len(table) == 2000 and table.key.nunique() == 2000 and sorted(table.seed) == list(range(2000))
     assert time.process_time() - began < 15
-    past = runs.history(tmp_path, set(table.run[:100]))
+    past = board.history(tmp_path, set(table.run[:100]))
     assert len(past) == 200 and {"run", "dataset", "method", "seed", "epoch", "val_map"} <= set(past)
 
 
 def test_a_frame_of_nothing_has_its_columns(tmp_path):
-    assert runs.frame(tmp_path / "none").empty and "test_map" in runs.frame(tmp_path / "none")
-    assert runs.history(tmp_path / "none").empty
+    assert board.frame(tmp_path / "none").empty and "test_map" in board.frame(tmp_path / "none")
+    assert board.history(tmp_path / "none").empty
 
 
 def test_a_run_is_found_by_the_beginning_of_its_name(tmp_path):
@@ -183,17 +182,17 @@ def test_a_run_is_found_by_the_beginning_of_its_name(tmp_path):
 
 def test_an_estimate_uses_runs_of_the_same_kind(tmp_path):
     finished(tmp_path)
-    table = runs.sweep({"methods": ["gr", "an"], "seeds": [0, 1]}, runs=tmp_path, dry_run=True)
+    table = sweeps.sweep({"methods": ["gr", "an"], "seeds": [0, 1]}, runs=tmp_path, dry_run=True)
     assert table.state.tolist() == ["done", "new", "new", "new"] and table.seconds.tolist() == [0, 10, 10, 10]
-    assert "1 of 4 runs are done, 3 to do: about 00:15 with 2 at a time" in runs.cost(table, 2)
-    other = runs.sweep({"datasets": ["voc"], "methods": ["gr"]}, runs=tmp_path, dry_run=True)
-    assert other.seconds.isna().all() and "no run like 1" in runs.cost(other)
+    assert "1 of 4 runs are done, 3 to do: about 00:15 with 2 at a time" in sweeps.cost(table, 2)
+    other = sweeps.sweep({"datasets": ["voc"], "methods": ["gr"]}, runs=tmp_path, dry_run=True)
+    assert other.seconds.isna().all() and "no run like 1" in sweeps.cost(other)
 
 
 @pytest.mark.parametrize("name", [f"table{n}" for n in range(1, 7)] + ["figure2", "figure3"])
 @pytest.mark.parametrize("dataset", ["glyphs", "voc", "coco", "nus", "cub"])
 def test_every_shipped_sweep_expands_on_every_data_set(name, dataset):
-    plan = runs.expand(name, dataset, root=None if dataset == "glyphs" else "/somewhere")
+    plan = sweeps.expand(name, dataset, root=None if dataset == "glyphs" else "/somewhere")
     assert len(plan) and plan.label.notna().all()
     if dataset != "glyphs" and name.startswith("table") and name not in ("table1", "table2", "table7", "table8"):
         assert plan.paper.notna().all(), "the paper has a number for every row"
@@ -328,7 +327,7 @@ keys = st.sampled_from(
 )
 def test_any_sweep_is_expanded_or_refused_with_one_sentence(spec):
     try:
-        plan = runs.expand(spec)
+        plan = sweeps.expand(spec)
     except AevlpError as e:
         assert str(e).strip()
     else:
@@ -339,12 +338,12 @@ def test_a_torn_file_is_a_row_that_says_so_and_the_others_stand(tmp_path):
     whole, torn = finished(tmp_path), [finished(tmp_path, seed=s) for s in (1, 2)]
     (torn[0] / "metrics.json").write_text('{"test_map": ')
     (torn[1] / "status.json").write_text('["done"]')
-    table = runs.frame(tmp_path).set_index("run")
+    table = board.frame(tmp_path).set_index("run")
     assert table.state[whole.name] == "done" and table.test_map[whole.name] == 60.0
     for folder, name in zip(torn, ("metrics.json", "status.json"), strict=True):
         assert table.state[folder.name] == "unreadable" and name in table.error[folder.name]
     with pytest.raises(runs.RunFailed, match="metrics.json"):
-        runs.train(runs.read_params(torn[0]), runs=tmp_path, show=False)
+        runner.train(runs.read_params(torn[0]), runs=tmp_path, show=False)
 
 
 def test_the_kernel_is_this_interpreter_s_whatever_python3_is_to_jupyter(tmp_path, monkeypatch):
@@ -354,7 +353,7 @@ def test_the_kernel_is_this_interpreter_s_whatever_python3_is_to_jupyter(tmp_pat
     (stale / "kernel.json").write_text(json.dumps({"argv": argv, "display_name": "Python 3", "language": "python"}))
     monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
     notebook = fake_notebook(tmp_path / "runs")
-    outcome = runs.attempt(runs.run_params("glyphs", "gr"), tmp_path / "runs", notebook)
+    outcome = runner.attempt(runs.run_params("glyphs", "gr"), tmp_path / "runs", notebook)
     assert outcome["state"] == "done", outcome["error"]
 
 
@@ -374,11 +373,11 @@ def test_a_run_of_unknown_truth_is_never_given_a_map(tmp_path, monkeypatch, caps
     """Board, table, command, page and curves say what was measured, and under which assumption."""
     monkeypatch.setenv("AEVLP_RUNS", str(tmp_path))
     name = unknown(tmp_path).name
-    assert runs.epoch_of(tmp_path / name, 6) == (2, "val AUC (given labels) 70.0", 20.0)
-    board = runs.Board([runs.run_params("glyphs", "gr", 0)], tmp_path)
-    board.note(dict(run=name, state="done"))
+    assert board.epoch_of(tmp_path / name, 6) == (2, "val AUC (given labels) 70.0", 20.0)
+    seen = board.Board([runs.run_params("glyphs", "gr", 0)], tmp_path)
+    seen.note(dict(run=name, state="done"))
     assert "test AUC (given labels) 70.00" in capsys.readouterr().out
-    row = runs.frame(tmp_path).iloc[0]
+    row = board.frame(tmp_path).iloc[0]
     assert row.test_auc_observed == 70 and row["test_recall@1"] == 30 and row.val_mean_rank == 4 and not row.test_map
     with pytest.raises(SystemExit):
         cli.main(["results"])
@@ -391,7 +390,7 @@ def test_a_run_of_unknown_truth_is_never_given_a_map(tmp_path, monkeypatch, caps
     assert "mAP" not in page and "nan" not in page.split("<img")[0]
     table = results.rows(spec, "glyphs")
     assert results.best_baseline(table, "test_auc_observed") == "gr"
-    figure = plots.learning_curves(runs.history(tmp_path, [name]))
+    figure = plots.learning_curves(board.history(tmp_path, [name]))
     assert [ax.get_title() for ax in figure.axes] == ["training loss", "validation AUC, given labels (%)"]
     assert figure.axes[1].lines[0].get_ydata().tolist() == [69, 70]
 

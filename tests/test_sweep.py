@@ -15,7 +15,7 @@ import pytest
 from distributed import Client, LocalCluster, Security
 from fake_run import Sweep, alive, begun, fake_notebook, record, states, until
 
-from aevlp import cli, runs
+from aevlp import cli, runs, sweeps
 from aevlp.data import AevlpError
 
 
@@ -29,7 +29,7 @@ def running(folder):
 
 def test_a_failing_run_is_recorded_and_stops_no_other(tmp_path):
     notebook = fake_notebook(tmp_path, fail=[1])
-    table = runs.sweep(spec(3), workers=2, runs=tmp_path, notebook=notebook)
+    table = sweeps.sweep(spec(3), workers=2, runs=tmp_path, notebook=notebook)
     assert table.state.tolist() == ["done", "failed", "done"]
     assert table.error[1] == "ValueError: seed 1 was told to fail"
     why = json.loads((tmp_path / table.run[1] / "error.json").read_text())
@@ -37,7 +37,7 @@ def test_a_failing_run_is_recorded_and_stops_no_other(tmp_path):
     assert not any("\x1b" in line for line in why["last_lines"])
 
     fake_notebook(tmp_path)  # what made it fail is put right
-    again = runs.sweep(spec(3), workers=1, runs=tmp_path, notebook=notebook)
+    again = sweeps.sweep(spec(3), workers=1, runs=tmp_path, notebook=notebook)
     assert again.state.tolist() == ["reused", "done", "reused"]
     assert {n: len(b) for n, b in begun(tmp_path).items()} == {table.run[0]: 1, table.run[1]: 2, table.run[2]: 1}
     assert not (tmp_path / table.run[1] / "error.json").exists()
@@ -83,7 +83,7 @@ def test_ctrl_c_once_finishes_what_runs_and_twice_stops(tmp_path, times):
 
 
 def test_runs_that_share_a_bank_wait_for_the_first(tmp_path):
-    plan = runs.expand(
+    plan = sweeps.expand(
         {
             "methods": ["an", "aevlp", "gpr+damp", "bce+damp"],
             "seeds": [0, 1],
@@ -91,13 +91,13 @@ def test_runs_that_share_a_bank_wait_for_the_first(tmp_path):
         }
     )
     todo = dict(zip(plan.run, plan.params, strict=True))
-    now, later = runs._waves(todo, set())
+    now, later = sweeps._waves(todo, set())
     assert [todo[n]["method"] for n in now].count("an") == 4
     leaders = [todo[n] for n in now if todo[n]["method"] != "an"]
     assert sorted(p["recipe"]["grid"] for p in leaders) == [2, 3]
     assert set(now[:2]) == {runs.run_name(p) for p in leaders}, "what others wait for comes first"
     assert {len(names) for names in later.values()} == {3} and len(now) + 6 == len(todo)
-    assert runs._waves(todo, {runs.bank_of(p) for p in leaders})[1] == {}
+    assert sweeps._waves(todo, {sweeps.bank_of(p) for p in leaders})[1] == {}
 
 
 def test_a_cluster_that_exists_makes_the_runs_and_goes_on(tmp_path):
@@ -106,7 +106,7 @@ def test_a_cluster_that_exists_makes_the_runs_and_goes_on(tmp_path):
     with dask.config.set({"distributed.worker.daemon": False}), LocalCluster(**given) as elsewhere:
         with Client(elsewhere, set_as_default=False) as client:
             workers = set(client.run(os.getpid).values())
-            table = runs.sweep(
+            table = sweeps.sweep(
                 spec(4), runs=tmp_path, notebook=fake_notebook(tmp_path), scheduler=client.scheduler.address
             )
             assert table.state.tolist() == ["done"] * 4
@@ -118,7 +118,7 @@ def test_a_cluster_that_exists_makes_the_runs_and_goes_on(tmp_path):
 def test_a_sweep_s_tracker_reaches_its_runs(tmp_path, monkeypatch):
     """Through $AEVLP_TRACKER: from the command to dask's worker and to the kernel."""
     monkeypatch.setenv("AEVLP_TRACKER", "none yet")
-    monkeypatch.setattr(runs, "sweep", partial(runs.sweep, runs=tmp_path, notebook=fake_notebook(tmp_path)))
+    monkeypatch.setattr(sweeps, "sweep", partial(sweeps.sweep, runs=tmp_path, notebook=fake_notebook(tmp_path)))
     (tmp_path / "one.yaml").write_text(json.dumps(spec(1)))
     with pytest.raises(SystemExit) as end:
         cli.main(["sweep", str(tmp_path / "one.yaml"), "--tracker", "tensorboard", "--workers", "1"])
@@ -129,7 +129,7 @@ def test_a_sweep_s_tracker_reaches_its_runs(tmp_path, monkeypatch):
 def test_a_dead_scheduler_is_one_sentence(tmp_path):
     notebook = fake_notebook(tmp_path)
     with pytest.raises(AevlpError, match="no dask scheduler answers at"):
-        with runs.cluster(scheduler="tcp://127.0.0.1:1"):
+        with sweeps.cluster(scheduler="tcp://127.0.0.1:1"):
             pass
     assert notebook
 
@@ -152,7 +152,7 @@ def answers(port):
 
 def test_only_the_sweep_itself_can_talk_to_its_cluster(tmp_path):
     before = listening()
-    with runs.cluster(1) as client:
+    with sweeps.cluster(1) as client:
         assert client.submit(len, "abc").result(timeout=60) == 3
         known = client.scheduler_info()
         addresses = [known["address"], *known["workers"], *(w["nanny"] for w in known["workers"].values())]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from aevlp import look, methods, recipes, runs
+from aevlp import look, methods, recipes, sweeps
 from aevlp.damp import damp
 from aevlp.data import AevlpError, LabelledImages
 from aevlp.labelers import LABELERS, Batch, Labeler, build_labeler
@@ -116,7 +116,7 @@ def test_an_own_labeler_and_an_own_loss_are_found_by_name(monkeypatch):
 
 
 def test_the_sweep_of_switches_holds_each_once():
-    plan = runs.expand("switches", seeds=[0])
+    plan = sweeps.expand("switches", seeds=[0])
     base = plan.params[0]["recipe"]
     changed = [{k: v for k, v in p["recipe"].items() if v != base[k]} for p in plan.params]
     released = recipes.released_switches("glyphs")
