@@ -221,28 +221,31 @@ def _measured(path, folders, as_json):
 
 
 @app.command(
-    epilog=_example("results --dataset glyphs", "results --json > results.json", "results --reviewed reviewed.csv")
+    epilog=_example(
+        "results --dataset glyphs --sort 'test mAP'", "results --json > results.json", "results --reviewed reviewed.csv"
+    )
 )
 def results(
     dataset: Annotated[str | None, typer.Option(help="Only this data set.")] = None,
     method: Annotated[str | None, typer.Option(help="Only this method.")] = None,
     state: Annotated[str | None, typer.Option(help="Only done, failed, running or interrupted.")] = None,
+    sort: Annotated[str | None, typer.Option(metavar="COLUMN", help="By this column; a metric's best first.")] = None,
     reviewed: Reviewed = None,
     as_json: Json = False,
 ):
-    "All runs with their numbers, in percent; with --reviewed, measured on what a person looked at."
+    "All runs with the settings that differ and their numbers, in percent; --reviewed: on what a person looked at."
     from aevlp import board, metrics
 
-    table = board.frame()
-    for column, wanted in (("dataset", dataset), ("method", method), ("state", state)):
-        table = table if wanted is None else table[table[column] == wanted]
+    table = board.chosen(board.frame(), dataset, method, state, sort, _COLUMNS)
     if reviewed:
         return _measured(reviewed, table[table.state == "done"].folder, as_json)
     if as_json:
         return _show(table, as_json, index=False)
     unknown = (table.state == "done") & table.test_map.isna()  # the truth; where it is known, mAP is what counts
     hidden = () if unknown.any() else ("test_auc_observed", "val_auc_observed")
-    shown = table[[c for c in _COLUMNS if c in table and table[c].notna().any() and c not in hidden]].copy()
+    filled = [c for c in _COLUMNS if c in table and table[c].notna().any() and c not in hidden]
+    found = [*filled[:2], *board.differing(table), *filled[2:]]
+    shown = table[[*found, *([sort] if sort in table and sort not in found else [])]].copy()
     for share in ("average_precision", "average_recall"):
         if share in shown:
             shown[share] = 100 * shown[share].astype(float)

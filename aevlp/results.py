@@ -540,9 +540,8 @@ def demo(
     began, folder = time.monotonic(), Path(folder or runs.runs_root()).absolute()
     figures = Path(figures or figures_root()).absolute()
     spec = dict(DEMO, seeds=list(range(seeds)))
-    plan = pd.concat(
-        [sweeps.expand(spec), sweeps.expand("figure3", seeds=[0], overrides=spec["overrides"])]
-    ).drop_duplicates("run")
+    shares = sweeps.expand("figure3", seeds=[0], overrides=spec["overrides"])
+    plan = pd.concat([sweeps.expand(spec), shares.assign(label="negatives " + shares.label)]).drop_duplicates("run")
     made = sweeps.sweep(plan, workers=workers, runs=folder, show=show)
     failed = made[~made.state.isin(["done", "reused"])]
     for i, notebook in enumerate(PICTURES if failed.empty else (), 1):

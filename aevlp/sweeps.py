@@ -22,7 +22,7 @@ from pathlib import Path
 import pandas as pd
 
 from . import datasets, ready, registry
-from .board import Board, clock, frame
+from .board import Board, clock, frame, words
 from .data import AevlpError, nearest
 from .runner import attempt, attempts, end_kernel, environment_of, explain, record, scratch
 from aevlp.runs import (
@@ -122,9 +122,17 @@ def _grid(where, overrides, seeds) -> list:
     return [dict(combination) for combination in itertools.product(*pairs)]
 
 # %% ../nbs/15a_sweeps.ipynb #6476d4c4
-def _planned(row, values, place, seeds, overrides):
+def _shared(grids) -> set:
+    "Settings of which all runs of a sweep have one value: no name says them."
+    first, *others = grids
+    alone = {k for k, v in first.items() if not isinstance(v, list) or len(v) == 1}
+    return {k for k in alone if all(k in other and other[k] == first[k] for other in others)}
+
+
+def _planned(row, values, shared, place, seeds, overrides):
     "The runs of one row of a sweep on one data set, one a seed."
-    label = row.get("label") or " ".join([row["method"], *(f"{k}={v}" for k, v in values.items())])
+    own = (words(k, v) for k, v in values.items() if k not in shared)
+    label = row.get("label") or ", ".join([row["method"], *own])
     for seed in seeds:
         params = run_params(method=row["method"], seed=seed, overrides=values | (overrides or {}), **place)
         yield dict(
@@ -154,14 +162,17 @@ def expand(
     spec, planned = load_spec(spec), []
     dataset = dataset or (datasets.resolve(None, root, csv) if root or csv else None)
     seeds = spec["seeds"] if seeds is None else seeds
+    lines = spec.get("rows") or [{"method": m} for m in spec["methods"]]
+    grids = [(spec.get("overrides") or {}) | (row.get("overrides") or {}) for row in lines]
+    shared = _shared(grids)
     for where in [dataset] if dataset else spec["datasets"]:
         place = _place(spec, where, root, csv, separator, reviewed)
-        for row in spec.get("rows") or [{"method": m} for m in spec["methods"]]:
+        for row, grid in zip(lines, grids, strict=True):
             name, only = place["dataset"], row.get("only") or [place["dataset"]]
             if name not in only or name in (row.get("without") or []):
                 continue
-            for values in _grid(spec["name"], (spec.get("overrides") or {}) | (row.get("overrides") or {}), seeds):
-                planned += _planned(row, values, place, seeds, overrides)
+            for values in _grid(spec["name"], grid, seeds):
+                planned += _planned(row, values, shared, place, seeds, overrides)
     if not planned:
         raise AevlpError(f"sweep {spec['name']} holds no run for these data sets")
     return pd.DataFrame(planned).drop_duplicates(["label", "run"], ignore_index=True)
@@ -446,7 +457,7 @@ def sweep(
         return estimate(plan, runs)
     params = dict(zip(plan.run, plan.params, strict=True))
     todo = {name: p for name, p in params.items() if status(runs / name)["state"] != "done"}
-    board = Board(list(params.values()), runs, workers or machine_workers(threads))
+    board = Board(list(params.values()), runs, workers or machine_workers(threads), _names(plan))
     outcomes = _reused(board, [name for name in params if name not in todo])
     if todo:
         if notebook == "train":
@@ -455,6 +466,16 @@ def sweep(
     return _ended(plan, outcomes)
 
 # %% ../nbs/15a_sweeps.ipynb #59373705
+def _names(plan) -> dict:  # run -> text
+    "What people call the runs of a sweep: by what differs between them."
+    several = [c for c in ("dataset", "seed") if plan[c].nunique() > 1]
+    names = {}
+    for row in plan.drop_duplicates("run").itertuples():
+        said = dict(dataset=f" on {row.dataset}", seed=f", seed {row.seed}")
+        names[row.run] = row.label + "".join(said[c] for c in several)
+    return names
+
+
 def _reused(board, names) -> dict:  # name -> outcome
     "The runs that are finished already."
     outcomes = {name: dict(run=name, state="reused", error=None) for name in names}
