@@ -26,7 +26,7 @@ import numpy as np
 import pandas as pd
 from filelock import FileLock, Timeout
 
-from . import own
+from . import checks, sheets, trees
 from aevlp.data import (
     AevlpError,
     LabelledImages,
@@ -37,7 +37,8 @@ from aevlp.data import (
     shipped,
     train_val_split,
 )
-from .own import Problems, _class_list, _Folder, _report, _text
+from .own import Problems, _Folder, _report, _text, refuse_names
+from .sheets import _class_list
 
 # %% ../nbs/04_datasets.ipynb #aaad165b
 def _nearest(
@@ -160,6 +161,7 @@ def _formatted(root, fidelity="paper", object_area=False, classes=None, images=N
             f"{[p[1].shape for p in parts]}"
         )
     known = _class_list(classes) or _names_by_number(root, parts[0][1].shape[1], fidelity)
+    refuse_names(root, known)
     folder = _image_folder(root, parts[0][0][0]) if images is None else Path(images).expanduser()
     return _official("npy", folder, known, [p[:2] for p in parts], observed=[p[2] for p in parts])
 
@@ -419,7 +421,7 @@ def _cub(root, fidelity="paper", object_area=False) -> LabelledImages:
 # name -> function of (root, fidelity, object_area, **kw) that gives `LabelledImages`
 READERS = {"voc": _voc, "coco": _coco, "nus": _nus, "cub": _cub, "npy": _formatted}
 # read as their owner has them: name -> function of (root, **kw); a format of yours goes here
-OWN = {"csv": own.table, "folders": own.folders, "own-coco": own.coco, "own-voc": own.voc}
+OWN = {"csv": sheets.table, "folders": trees.folders, "own-coco": trees.coco, "own-voc": trees.voc}
 
 
 def names() -> list:
@@ -449,7 +451,7 @@ def resolve(
 ) -> str:  # one of `names()`
     "`coco` and `voc` with classes of one's own are `own-coco` and `own-voc`; a folder without a name is looked at."
     if name is None:
-        return "glyphs" if root is None and csv is None else own.kind(root, csv)
+        return "glyphs" if root is None and csv is None else trees.kind(root, csv)
     if name not in names():
         raise AevlpError(f"unknown data set {name!r}; {_nearest(name, names())}")
     if csv is not None and name not in ("csv", "own-coco"):
@@ -457,9 +459,9 @@ def resolve(
             f"{name} comes with its labels: leave --csv out, or say --dataset csv for pictures of your own"
         )
     if root is not None and Path(root).expanduser().is_dir():
-        if name == "coco" and own.coco_files(root) and not own.official_coco(root):
+        if name == "coco" and trees.coco_files(root) and not trees.official_coco(root):
             return "own-coco"
-        if name == "voc" and any(own.voc_base(root).glob("Annotations/*.xml")) and not own.official_voc(root):
+        if name == "voc" and any(trees.voc_base(root).glob("Annotations/*.xml")) and not trees.official_voc(root):
             return "own-voc"
     return name
 
@@ -581,7 +583,7 @@ def check(
     if not rows:
         try:
             data = load(name, root, csv=csv, **kw)
-            rows = _counts(name, data) + (own.look(data) if name in OWN else [])
+            rows = _counts(name, data) + (checks.look(data) if name in OWN else [])
         except Problems as e:
             rows = [("readable", [str(e).partition(":\n")[0].split("\n")[0], *e.lines], "yes")]
         except AevlpError as e:

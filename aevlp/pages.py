@@ -23,7 +23,7 @@ from pathlib import Path
 
 import psutil
 
-from . import own, ready, recipes, runs
+from . import checks, ready, recipes, runs
 from .data import AevlpError
 
 # %% ../nbs/15e_pages.ipynb #2446742f
@@ -63,7 +63,7 @@ def checked(
     recipe = recipes.recipe(name, about["method"], about["fidelity"], data=data, **chosen)
     ready.weights(vars(recipe), "clip")  # the page asks CLIP; a run brings its classifier
     if data is not None:
-        own.stumble(data)
+        checks.stumble(data)
     return given
 
 # %% ../nbs/15e_pages.ipynb #59c1abb8

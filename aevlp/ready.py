@@ -17,7 +17,7 @@ from functools import lru_cache
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from . import own, registry
+from . import checks, registry
 from .data import AevlpError, nearest, open_clip_file
 
 # %% ../nbs/14b_ready.ipynb #02314b08
@@ -159,7 +159,7 @@ def check(
     if size < 2:
         raise AevlpError("batch_size=1: a batch of one picture has no variance to normalise by; take 2 or more")
     if data.own:
-        own.stumble(data)
+        checks.stumble(data)
 
 
 MANY = 2000  # training pictures from which a student on a GPU is better than a head

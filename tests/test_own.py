@@ -430,6 +430,18 @@ def _inside(pics):
     return shutil.copy(pics.parent / "labels.csv", pics / "labels.csv")
 
 
+@pytest.mark.parametrize("name", ["label", "Labels", "image", "split", "bell\x07"])
+def test_no_format_takes_a_class_called_as_a_column(tmp_path, name):
+    for phase in ("train", "val"):
+        np.save(tmp_path / f"formatted_{phase}_images.npy", np.array([f"{i}.jpg" for i in range(5)]))
+        np.save(tmp_path / f"formatted_{phase}_labels.npy", np.eye(5, 2, dtype=np.int8) + [[0, 1]] * 5 > 0)
+    for i in range(5):
+        picture(tmp_path / f"{i}.jpg")
+    assert load("npy", tmp_path, classes=["cat", "cup"]).class_names == ("cat", "cup")
+    with pytest.raises(AevlpError, match="no class can be called|control characters"):
+        load("npy", tmp_path, classes=["cat", name])
+
+
 def test_a_last_batch_of_one_joins_the_one_before():
     from aevlp.train import global_batches, shard
 
