@@ -17,11 +17,13 @@ import traitlets
 from fastcore.basics import patch
 
 from . import plots
+from .controls import button
 from .data import AevlpError, decode, progress
-from .explore import _CSS, Stage, _button, data_url, open_state, top_classes
+from .draw import CSS, Stage, data_url
 from .eyes import Eyes, open_bank, view_settings
 from .labelers import pseudo_labels
 from .reviewed import ORDERS, Review, draw, in_percent, map_of, names_of, predictions, sample, says, taken_labels
+from .state import open_state, top_classes
 from .vlm import similarities
 
 # %% ../nbs/16b_review.ipynb #3fdb3bb8
@@ -228,7 +230,7 @@ class ReviewPage(widgets.VBox):
     def _layout(self):
         self.buttons = {}
         for action, (text, icon, tip) in _ACTIONS.items():
-            self.buttons[action] = _button(text, tip, icon)
+            self.buttons[action] = button(text, tip, icon)
             self.buttons[action].on_click(lambda _, action=action: self.act(action))
         keys = widgets.HTML(
             '<span class="soft">keys: <kbd>1</kbd> to <kbd>9</kbd> switch a class, <kbd>Enter</kbd> accept, '
@@ -251,7 +253,7 @@ class ReviewPage(widgets.VBox):
             keys,
         )
         return [
-            widgets.HTML(_CSS + _REVIEW_CSS),
+            widgets.HTML(CSS + _REVIEW_CSS),
             box(widgets.HBox, "review-top", self.split, self.order, self.bar, self.glass),
             self.summary,
             box(widgets.Box, "review-grid", left, right),

@@ -21,8 +21,9 @@ from common import cpu_name
 
 from aevlp import glyphs
 from aevlp.data import LabelledImages
-from aevlp.explore import Explore, Explorer, open_state
+from aevlp.explore import Explore
 from aevlp.recipes import recipe
+from aevlp.state import Explorer, open_state
 from aevlp.table import Table
 
 RESULTS = Path(__file__).parent / "explorer.json"

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 from browser import chromium, opened, served  # noqa: E402
 
-from aevlp.explore import open_state  # noqa: E402
+from aevlp.state import open_state  # noqa: E402
 
 SIZES = {"": (1366, 768), "-1920": (1920, 1080), "-390": (390, 844)}
 TABS = {"find": 1, "classes": 2, "matrix": 3, "map": 4, "errors": 5}

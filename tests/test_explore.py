@@ -13,10 +13,13 @@ import yaml
 from PIL import Image
 
 from aevlp import glyphs, runs, train
+from aevlp.controls import KEYS, OTHERS, TABS
 from aevlp.data import AevlpError, LabelledImages, decode
-from aevlp.explore import KEYS, OTHERS, SLIDERS, TABS, Explore, Explorer, explore, verdicts
+from aevlp.draw import verdicts
+from aevlp.explore import Explore, explore
 from aevlp.labelers import Batch, build_labeler
 from aevlp.recipes import recipe
+from aevlp.state import SLIDERS, Explorer
 from aevlp.table import open_table
 from aevlp.vlm import load_clip
 
@@ -58,7 +61,7 @@ def calls(clip, monkeypatch):
     """How many views went through CLIP, call by call."""
     seen, encode = [], clip.encode_images
     monkeypatch.setattr(clip, "encode_images", lambda pixels: seen.append(len(pixels)) or encode(pixels))
-    monkeypatch.setattr("aevlp.explore.load_clip", lambda *_, **__: clip)
+    monkeypatch.setattr("aevlp.state.load_clip", lambda *_, **__: clip)
     monkeypatch.setattr("aevlp.eyes.load_clip", lambda *_, **__: clip)
     return seen
 
@@ -277,12 +280,12 @@ def test_cancelling_the_table(data, calls, monkeypatch):
             time.sleep(0.01)
 
     async def cancelled():
-        monkeypatch.setattr("aevlp.explore.open_table", endless)
+        monkeypatch.setattr("aevlp.state.open_table", endless)
         page = Explore(Explorer(data, recipe("glyphs", "aevlp", **SMALL)))
         page.cancel.click()
         await page._task
         assert page.known is None and page.compute.layout.display == "" and "need one look" in page.status.value
-        monkeypatch.setattr("aevlp.explore.open_table", open_table)
+        monkeypatch.setattr("aevlp.state.open_table", open_table)
         page.compute.click()
         await page._task
         assert page.known is not None
