@@ -534,6 +534,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'aevlp.metrics._ap': ('metrics.html#_ap', 'aevlp/metrics.py'),
                                'aevlp.metrics._auc': ('metrics.html#_auc', 'aevlp/metrics.py'),
                                'aevlp.metrics._classes': ('metrics.html#_classes', 'aevlp/metrics.py'),
+                               'aevlp.metrics._doubles': ('metrics.html#_doubles', 'aevlp/metrics.py'),
                                'aevlp.metrics._interval': ('metrics.html#_interval', 'aevlp/metrics.py'),
                                'aevlp.metrics._of_given': ('metrics.html#_of_given', 'aevlp/metrics.py'),
                                'aevlp.metrics._places': ('metrics.html#_places', 'aevlp/metrics.py'),
