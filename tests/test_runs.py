@@ -198,6 +198,18 @@ def test_every_shipped_sweep_expands_on_every_data_set(name, dataset):
         assert plan.paper.notna().all(), "the paper has a number for every row"
 
 
+def test_settings_of_one_data_set_are_its_own():
+    spec = dict(methods=["an"], overrides=dict(epochs=3, lr=0.1), per_dataset=dict(glyphs=dict(epochs=5)))
+    given = {w: sweeps.expand(spec, w, root=None if w == "glyphs" else "/r").params[0] for w in ("glyphs", "voc")}
+    assert given["glyphs"]["overrides"] == dict(epochs=5, lr=0.1) and given["voc"]["overrides"] == dict(
+        epochs=3, lr=0.1
+    )
+    row = dict(label="long", method="an", overrides=dict(epochs=7))
+    assert sweeps.expand(dict(rows=[row]) | dict(per_dataset=spec["per_dataset"])).params[0]["overrides"]["epochs"] == 7
+    with pytest.raises(AevlpError, match="per_dataset: glyphs should have keys with values, not 5"):
+        sweeps.expand(dict(methods=["an"], per_dataset=dict(glyphs=5)))
+
+
 def test_the_paper_s_numbers_stand_beside_ours(tmp_path, monkeypatch):
     monkeypatch.setattr(results, "figures_root", lambda: tmp_path / "none")  # no published results
     for seed, test_map in enumerate([60.0, 61.0, 62.0]):
