@@ -227,9 +227,7 @@ def delta_neg_curves(
             mean = _mean_band(ax, part, "percent", metric, colour, marker)
             best = mean.idxmax()
             ax.plot(best, mean[best], marker="o", markersize=13, fillstyle="none", color=BLACK, markeredgewidth=1.3)
-            ax.annotate(
-                f"{mean[best]:.1f}", (best, mean[best]), textcoords="offset points", xytext=(9, 7), ha="left"
-            )
+            ax.annotate(f"{mean[best]:.1f}", (best, mean[best]), textcoords="offset points", xytext=(9, 7), ha="left")
             ax.margins(x=0.08, y=0.25)
             ax.set(xlabel="negative pseudo-labels Δneg (%)", title=name or "")
         axes[0, 0].set_ylabel("mAP (%)")
