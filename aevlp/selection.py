@@ -199,7 +199,7 @@ def among_runs(
         draws = draws or review_draws(len(probs))
         said.append(dict(seed=row.seed, test_map=row.test_map) | rule_scores(probs, given, truth, draws))
         past = pd.read_csv(Path(row.folder) / "history.csv") if (Path(row.folder) / "history.csv").is_file() else []
-        if len(past):
+        if len(past) > 1:
             lost = past.val_map.max() - past.val_map[past.val_auc_observed.idxmax()]
             place = dict(scope="epoch of a run", observation="uniform", seed=row.seed, method=row.label)
             parts.append(pd.DataFrame([dict(**place, rule="AUC", regret=lost)]))
