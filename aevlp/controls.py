@@ -202,7 +202,7 @@ def _make_list(self: Controls):
     tip = "which images; what needs an unknown truth or a run that is not there is left out"
     self.filter = menu(["all"], "show", tip, "225px")
     self.only = widgets.Combobox(
-        options=list(s.data.class_names),
+        options=["", *s.data.class_names],  # the empty one: to the browser, what is no option is no value
         placeholder="any class",
         description="of",
         ensure_option=True,

@@ -68,7 +68,7 @@ WATCH = """([act, seen, before]) => new Promise((done, fail) => {
   eval(act)
   const look = () => {
     if (value() !== was) return done(performance.now() - start)
-    if (performance.now() - start > 20000) return fail(new Error(`${act}: ${seen} stays ${was}`))
+    if (performance.now() - start > 20000) return fail(new Error(`${act}: ${seen} stays ${was.slice(0, 200)}`))
     requestAnimationFrame(look)
   }
   look()
@@ -93,6 +93,7 @@ TAB = """(() => {
   for (const name of ['pointerdown', 'pointerup']) tab.dispatchEvent(new PointerEvent(name, where))
 })()"""
 FOUND = "document.querySelector('.aevlp-found').innerText"
+STRIP = "document.querySelector('.aevlp-grid.strip .pane').innerHTML"  # its titles name the column
 GRID = "document.querySelector('.aevlp-grid:not(.strip) .pane')"
 FILLED = f"{GRID}.offsetParent && [...{GRID}.querySelectorAll('button')].every(b => b.querySelector('img'))"
 
@@ -125,7 +126,7 @@ def measure(tab, class_name) -> dict:
     found["search a name"] = (in_turn([TYPE % ("file name", t) for t in ("1", "12", "2")], FOUND), 100)
     tab.get_by_role("button", name="Clear").click()
     orders = [CHOOSE % ("by", c) for c in ("loss", "uncertainty", "suspicion", "score", "wrong")]
-    found["sort"] = (in_turn(orders, "document.querySelector('.aevlp-stage img').src"), 100)
+    found["sort"] = (in_turn(orders, f"document.querySelector('.aevlp-stage img').src + {STRIP}"), 100)
     found["Find opens"] = (ms(TAB % 1, FILLED, "false"), 1000)
     far = f"{GRID}.scrollTop = {GRID}.scrollHeight * Math.random(); {GRID}.querySelector('img').remove()"
     found["Find, scrolled anywhere"] = (usual(far, FILLED, "false"), 1000)
