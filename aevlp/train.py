@@ -4,17 +4,14 @@
 
 # %% auto #0
 __all__ = ['CACHE_BYTES', 'BATCH_BYTES', 'EVALUATION_BATCH', 'CLEAN_ENOUGH', 'HISTORY', 'QUALITY', 'OPTIMIZERS',
-           'SECONDS_BETWEEN', 'seed_everything', 'deterministic', 'save_checkpoint', 'load_checkpoint', 'Pictures',
-           'global_batches', 'shard', 'gather_rows', 'predict', 'chosen_by', 'Training', 'tracker_named', 'fuse_run',
-           'fit', 'load_run']
+           'SECONDS_BETWEEN', 'seed_everything', 'deterministic', 'Pictures', 'global_batches', 'shard', 'gather_rows',
+           'predict', 'chosen_by', 'Training', 'tracker_named', 'fuse_run', 'fit', 'load_run']
 
 # %% ../nbs/13_train.ipynb #33de8b74
 import contextlib
-import hashlib
 import json
 import math
 import os
-import pickle
 import random
 import shutil
 import time
@@ -36,6 +33,7 @@ from timm.utils import ModelEmaV3
 
 import aevlp
 from . import outcome
+from .checkpoints import load_checkpoint, save_checkpoint
 from aevlp.data import (
     AevlpError,
     LabelledImages,
@@ -46,7 +44,6 @@ from aevlp.data import (
     image_loader,
     progress,
     replacing,
-    sync,
     threads,
     write_json,
 )
@@ -95,89 +92,6 @@ def deterministic(
     finally:
         torch.use_deterministic_algorithms(before)
         torch.utils.deterministic.fill_uninitialized_memory = filled
-
-# %% ../nbs/13_train.ipynb #bd603237
-def _packed(tree):
-    "A tree of dicts and lists with numpy's arrays and numbers as tensors and plain numbers."
-    if isinstance(tree, dict):
-        return {k: _packed(v) for k, v in tree.items()}
-    if isinstance(tree, (list, tuple)):
-        return [_packed(v) for v in tree]
-    if isinstance(tree, np.ndarray):
-        return {"__numpy__": torch.from_numpy(np.ascontiguousarray(tree))}
-    return tree.item() if isinstance(tree, np.generic) else tree
-
-
-def _unpacked(tree):
-    "The inverse of `_packed` (a tuple comes back as a list)."
-    if isinstance(tree, dict):
-        return tree["__numpy__"].numpy() if tree.keys() == {"__numpy__"} else {k: _unpacked(v) for k, v in tree.items()}
-    return [_unpacked(v) for v in tree] if isinstance(tree, list) else tree
-
-# %% ../nbs/13_train.ipynb #c44403bc
-def _digest(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _link(source, target):
-    "A second name for the file, or a copy where the file system has no hard links."
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
-
-
-def save_checkpoint(
-    folder,  # of all checkpoints of a run
-    name: str,  # sorts in the order of time
-    state: dict,  # of dicts, lists, tensors, arrays, numbers and text
-    best=None,  # the file of the best weights so far
-):
-    "Write checkpoint `name`, and leave it and the one before it."
-    folder = Path(folder)
-    temporary = folder / f".{name}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.unlink(missing_ok=True) if temporary.is_symlink() else None
-    temporary.mkdir(parents=True)
-    with replacing(temporary / "state.pt") as file:
-        torch.save(_packed(state), file)
-    if best is not None:
-        _link(best, temporary / "best.safetensors")
-    write_json(temporary / "manifest.json", {p.name: _digest(p) for p in sorted(temporary.iterdir())})
-    shutil.rmtree(folder / name, ignore_errors=True)  # a torn one of an earlier attempt
-    os.rename(temporary, folder / name)
-    sync(folder)
-    names = sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))
-    for old in set(names) - set([n for n in names if n <= name][-2:]):
-        shutil.rmtree(folder / old)
-
-# %% ../nbs/13_train.ipynb #7b92988a
-def load_checkpoint(
-    folder,  # of all checkpoints of a run
-) -> tuple | None:  # (state, path of the best weights or None)
-    "The newest checkpoint that is whole, None where there is none."
-    for path in sorted(Path(folder).glob("[!.]*"), reverse=True):
-        if _whole(path):
-            best = path / "best.safetensors"
-            return _unpacked(_read_state(path / "state.pt")), best if best.exists() else None
-    return None
-
-
-def _whole(path):
-    "Whether a checkpoint is as it was written."
-    try:
-        manifest = json.loads((path / "manifest.json").read_text())
-        return "state.pt" in manifest and all(_digest(path / name) == digest for name, digest in manifest.items())
-    except (OSError, ValueError, AttributeError):
-        return False
-
-
-def _read_state(path):
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as e:
-        raise AevlpError(f"{path}: not a state that aevlp wrote; remove the folder it is in") from e
 
 # %% ../nbs/13_train.ipynb #49b2322f
 CACHE_BYTES = 512 * 2**20  # decoded pictures kept in memory, at most

@@ -10,7 +10,7 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
-from aevlp import board, deploy, frozen, recipes, runner, runs, sweeps, train
+from aevlp import board, checkpoints, deploy, frozen, recipes, runner, runs, sweeps, train
 from aevlp.data import AevlpError, Images, epoch_order
 from aevlp.eyes import embeddings
 from aevlp.recipes import recipe
@@ -155,7 +155,7 @@ def test_an_interrupted_run_ends_with_the_same_numbers(place, monkeypatch):
 
 def test_files_are_written_now_and_then(place, monkeypatch):
     written = []
-    original = train.save_checkpoint
+    original = checkpoints.save_checkpoint
     monkeypatch.setattr(train, "save_checkpoint", lambda *given: (written.append(given[1]), original(*given)))
     found, run = fit(place, "seldom", "an", overrides={"epochs": 12})
     assert len(written) <= 2 and written[-1] == "epoch-0013-step-00000000"

@@ -17,7 +17,7 @@ from fake_run import alive, begun, fake_notebook, states
 from safetensors.torch import save
 from test_runs import finished
 
-from aevlp import board, cli, models, recipes, runner, runs, sweeps, train
+from aevlp import board, checkpoints, cli, models, recipes, runner, runs, sweeps, train
 from aevlp.data import AevlpError, replacing, write_json
 
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
@@ -250,7 +250,7 @@ def test_a_link_at_the_name_of_a_temporary_file_is_not_followed(tmp_path, monkey
     write_json(tmp_path / "a.json", {"a": 1})
     (tmp_path / "last").mkdir()
     (tmp_path / "last/.epoch-1.tmp").symlink_to(tmp_path)
-    train.save_checkpoint(tmp_path / "last", "epoch-1", {"a": 1})
+    checkpoints.save_checkpoint(tmp_path / "last", "epoch-1", {"a": 1})
     assert victim.read_text() == "precious" and json.loads((tmp_path / "a.json").read_text()) == {"a": 1}
     with replacing(tmp_path / "b") as file:
         assert len([p for p in tmp_path.iterdir() if p.name.startswith(".b.")]) == 1

@@ -20,8 +20,9 @@ import torch
 from fake_run import record
 
 from aevlp.bank import banks, verify
+from aevlp.checkpoints import load_checkpoint, save_checkpoint
 from aevlp.data import AevlpError
-from aevlp.train import Training, load_checkpoint, save_checkpoint
+from aevlp.train import Training
 
 # Where a process can be made to die: owner, function, what it was about to do.
 PLACES = {
