@@ -131,7 +131,7 @@ def _make(self: Bank, rows, done):
                     "free some (`aevlp bank ls`), set AEVLP_HOME to another disk, or train without a bank."
                 ) from e
 
-
+# %% ../nbs/08_bank.ipynb #5bd2109a
 @patch
 def _check(self: Bank, epoch, rows, done):
     "The files have their sizes, and a complete one its hash"
@@ -181,7 +181,7 @@ def put(self: Bank, epoch: int, ids, embeddings):  # (B, V, K)
     if done.all():
         self._seal(epoch)
 
-
+# %% ../nbs/08_bank.ipynb #ff82f58e
 @patch
 def complete(self: Bank, epoch: int) -> bool:
     "Whether every image of the epoch is there"
@@ -233,7 +233,7 @@ def banks(root=None) -> pd.DataFrame:
         )
     return pd.DataFrame(rows, columns=["name", "clip", "split", "images", "views", "epochs", "complete", "megabytes"])
 
-
+# %% ../nbs/08_bank.ipynb #d7c43ca9
 def verify(name: str, root=None) -> pd.DataFrame:
     "Each epoch of a bank: 'complete', 'damaged' (its bytes have changed) or 'partial'"
     rows = []

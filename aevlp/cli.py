@@ -42,9 +42,17 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Learn multi-label image classifiers from one positive label per image.",
 )
+
+
 data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look at a data set, or download it.")
+
+
 bank_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="CLIP banks on disk: list, check, remove.")
+
+
 app.add_typer(data_app, name="data")
+
+
 app.add_typer(bank_app, name="bank")
 
 
@@ -52,7 +60,7 @@ def _example(*lines):
     "The end of a command's help."
     return "\b\n" + "\n".join(["Example:", *(f"  aevlp {line}" for line in lines)])
 
-
+# %% ../nbs/17_cli.ipynb #b322cfa3
 def _numbers(text):
     "'0,1,2' as a list."
     try:
@@ -111,7 +119,7 @@ def demo(seeds: Annotated[int, typer.Option(min=1, help="How many.")] = 1, worke
 
     results.demo(seeds, workers)
 
-
+# %% ../nbs/17_cli.ipynb #b0d5f978
 @app.command(
     epilog=_example(
         "train --method aevlp --seed 1 --set grid=3",
@@ -152,7 +160,7 @@ def train(
     )
     typer.echo(folder)
 
-
+# %% ../nbs/17_cli.ipynb #6ea31e96
 @app.command(epilog=_example("sweep table1", "sweep table5 --dataset voc --root DIR --dry-run", "sweep my.yaml"))
 def sweep(
     spec: Annotated[str, typer.Argument(help="A YAML file, or table1 … table6, figure2, figure3.")],
@@ -219,7 +227,7 @@ def _measured(path, folders, as_json):
     for line in () if as_json else filter(None, [*reviewed.about(notes), reviewed.choice(table)]):
         typer.echo(line)
 
-
+# %% ../nbs/17_cli.ipynb #cb39f2d3
 @app.command(
     epilog=_example(
         "results --dataset glyphs --sort 'test mAP'", "results --json > results.json", "results --reviewed reviewed.csv"
@@ -253,7 +261,7 @@ def results(
     if "test_auc_observed" in shown:
         typer.echo(f"* {metrics.MEASURES['auc_observed']}. {metrics.ASSUMPTION}")
 
-
+# %% ../nbs/17_cli.ipynb #5718c4d9
 @app.command(epilog=_example("report glyphs-aevlp-s0", "report table1 --dataset voc --root DIR"))
 def report(
     name: Annotated[
@@ -293,7 +301,7 @@ def compare(
     if out:
         typer.echo(pages.compared_page(found, out), err=as_json)
 
-
+# %% ../nbs/17_cli.ipynb #b3ac5519
 @app.command(epilog=_example("figure figure2", "figure table1 --dataset voc --root DIR"))
 def figure(
     name: Annotated[str, typer.Argument(help="figure2, figure3, damp_quality, selection, table1 … table6.")],
@@ -341,7 +349,7 @@ def recipe(
     table = recipes.as_table(dataset, registry.get(method).name, fidelity, **recipes.parse_overrides(set_ or []))
     _show(table, as_json)
 
-
+# %% ../nbs/17_cli.ipynb #1bb93786
 def _findings(found):
     "A check as lines, nothing cut: numbers in columns, then every list, one thing a line."
     longs = [isinstance(v, list) or len(str(v)) > 60 for v in found.found]
@@ -371,7 +379,7 @@ def data_check(
     if not found.ok.all():
         raise typer.Exit(1)
 
-
+# %% ../nbs/17_cli.ipynb #e46931ba
 @data_app.command("fetch", epilog=_example("data fetch voc --root DIR"))
 def data_fetch(
     name: Annotated[str, typer.Argument(help="voc, coco or cub; nus says what to ask for.")],
@@ -417,7 +425,7 @@ def bank_import(
         f"features={bank.folder.name}"
     )
 
-
+# %% ../nbs/17_cli.ipynb #b2e96888
 @bank_app.command("verify", epilog=_example("bank verify NAME"))
 def bank_verify(name: str, as_json: Json = False):
     "Read a bank and compare its hashes."
@@ -471,7 +479,7 @@ def predict(
         for row in () if as_json else table.itertuples():
             typer.echo(f"{row[1]}  {' '.join(row.labels.split()) or '–'}")
 
-
+# %% ../nbs/17_cli.ipynb #8d81e3f6
 @app.command(epilog=_example("export glyphs-aevlp-s0 --onnx"))
 def export(
     run: Run,
@@ -506,16 +514,28 @@ Browser = Annotated[bool, typer.Option(help="Open a browser.")]
 
 # %% ../nbs/17_cli.ipynb #7c1e5a90
 AnyData = Annotated[str | None, typer.Option("--dataset", help="Default glyphs, or your own pictures.")]
+
+
 AnyRoot = Annotated[
     Path | None, typer.Option("--root", "--images", help="Folder of the data set, or of your own pictures.")
 ]
+
+
 On = Annotated[str | None, typer.Option(help="Open on a run.")]
+
+
 Review = Annotated[bool, typer.Option("--review", help="Say which labels are right, instead of exploring.")]
+
+
 Out = Annotated[Path | None, typer.Option(help="With --review: your decisions; default reviewed.csv.")]
+
+
 Split = Annotated[str | None, typer.Option(help="With --review: train, val or test.")]
+
+
 Order = Annotated[str | None, typer.Option(help="With --review: uncertain, weighted or random.")]
 
-
+# %% ../nbs/17_cli.ipynb #bb8703b1
 def _page(kind, text, name, *examples):
     "A command that opens a page until it is ended."
 
@@ -555,7 +575,7 @@ def _page(kind, text, name, *examples):
     command.__doc__ = text
     return app.command(name, epilog=_example(*examples))(command)
 
-
+# %% ../nbs/17_cli.ipynb #e2a0cb55
 lab = _page(
     "jupyterlab",
     "JupyterLab on the explorer, or on the review of labels.",
@@ -565,6 +585,8 @@ lab = _page(
     "lab --run glyphs-aevlp-s0",
     "lab --review --images photos/ --csv labels.csv --out reviewed.csv",
 )
+
+
 voila = _page(
     "voila",
     "The explorer, or the review of labels, as a page of its own.",
@@ -592,7 +614,7 @@ def _ended(*_):
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # a cell that is cut off is no news
     raise SystemExit(128 + signal.SIGTERM)
 
-
+# %% ../nbs/17_cli.ipynb #d9e27dfb
 def main(
     arguments=None,  # default those of the process
 ):

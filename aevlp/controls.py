@@ -292,7 +292,7 @@ def _picture_tab(self: Controls):
     image = box("image", self.place, self.stage, self.patch_line)
     return box("main", image, box("labels", self.labels, self.heat), side)
 
-
+# %% ../nbs/16a_controls.ipynb #30a01d3c
 @patch
 def _layout(self: Controls):
     keys = widgets.HTML(

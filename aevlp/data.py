@@ -137,7 +137,7 @@ def replacing(
         if temporary.exists():
             temporary.unlink()
 
-
+# %% ../nbs/03_data.ipynb #1ddb8cfe
 def write_text(
     path,  # in an existing folder
     text: str,  # UTF-8
@@ -191,11 +191,23 @@ def shipped(
 
 # %% ../nbs/03_data.ipynb #2d4143a8
 Image.init()
+
+
 FORMATS = tuple(f for f in ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "AVIF") if f in Image.OPEN)
+
+
 MAX_PIXELS = 100_000_000  # above: a decompression bomb, or a scan to be scaled down first
+
+
 MAX_BYTES = 400 * 2**20  # of memory that decoding may take
+
+
 SMALL_PIXELS = 2_000_000  # up to here a picture is never reduced
+
+
 _BESIDE = {"WEBP": 9, "AVIF": 3, "TIFF": 4}  # bytes per pixel that a decoder needs beside the picture, measured
+
+
 _UPRIGHT = {  # EXIF orientation -> how to turn
     2: lambda a: a[:, ::-1],
     3: lambda a: a[::-1, ::-1],
@@ -205,11 +217,17 @@ _UPRIGHT = {  # EXIF orientation -> how to turn
     7: lambda a: a[::-1, ::-1].transpose(1, 0, 2),
     8: lambda a: np.rot90(a),
 }
+
+
 _8_BITS = ((np.arange(2**16) + 128) // 257).astype(np.uint8)  # of 16
+
+
 _SCANS = 600_000_000  # pixels times scans of a progressive JPEG
+
+
 _IN_PYTHON = {"ppm", "ppm_plain", "bmp_rle"}  # decoders of Pillow that are loops of Python
 
-
+# %% ../nbs/03_data.ipynb #9b2232c2
 def _orientation(im) -> int:
     "EXIF orientation 1 to 8; 1 (upright) where the EXIF block itself is broken, as viewers do."
     try:
@@ -287,7 +305,7 @@ def _check_size(im, path, side):
 
 _LINES = 2**18  # pixels that are converted at a time
 
-
+# %% ../nbs/03_data.ipynb #48243390
 def _converted(im, factors) -> np.ndarray:  # (H, W, 3) uint8
     "RGB on white of what Pillow has loaded, some lines at a time; reduced by whole factors of width and height."
     (fx, fy), (width, height) = factors, im.size
@@ -326,7 +344,7 @@ def _pixels(im, path, side) -> np.ndarray:  # (H, W, 3) uint8
 def _one_large(process):  # a forked process does not wait for a thread of its parent
     return threading.Lock()
 
-
+# %% ../nbs/03_data.ipynb #eae9a999
 @contextmanager
 def _opened(path, side):
     "An image that Pillow opened and that may be decoded; what goes wrong is one sentence."
@@ -364,7 +382,7 @@ def made_here(
     except Exception:  # not a PNG, in one of a dozen ways
         return False
 
-
+# %% ../nbs/03_data.ipynb #407ed54f
 def decode(
     path,  # an image file
     side: int | None = None,  # pixels; a picture above `SMALL_PIXELS` may be reduced to no less than this a side
@@ -424,7 +442,7 @@ def _fingerprint(data) -> str:
         digest.update(data.pictures.encode())
     return digest.hexdigest()[:12]
 
-
+# %% ../nbs/03_data.ipynb #04fc8e52
 def _root(paths) -> str:
     "The common folder of files."
     return os.path.commonpath({os.path.dirname(p) for p in paths}) if len(paths) else ""
@@ -461,7 +479,7 @@ def _suspect(data: bytes) -> bool:
         return len(data) < int.from_bytes(data[at : at + 4], "little")
     return not data.startswith(_MAGIC) and data[4:8] != b"ftyp"
 
-
+# %% ../nbs/03_data.ipynb #3205f23a
 def _content(path) -> bytes:  # 17 bytes: hash, and whether the file is suspect
     try:
         data = Path(path).read_bytes()
@@ -637,7 +655,7 @@ def _weighted(positive, weights, k, rng) -> np.ndarray:  # (n, C) int8
     np.put_along_axis(chosen, first, 1, axis=1)
     return chosen * positive
 
-
+# %% ../nbs/03_data.ipynb #e4a8458a
 def _most_confident(positive, scores, k) -> np.ndarray:  # (n, C) int8
     "The k positives of each row with the largest scores; of equals the first class."
     first = np.argsort(np.where(positive, -scores, np.inf), axis=1, kind="stable")[:, :k]
@@ -721,7 +739,7 @@ def threads(
     finally:
         torch.set_num_threads(before)
 
-
+# %% ../nbs/03_data.ipynb #8634c304
 def in_threads(
     function,  # of one item
     items,
@@ -766,7 +784,7 @@ def _collate(items):
 
     return [image for image, _ in items], torch.tensor([i for _, i in items], dtype=torch.long)
 
-
+# %% ../nbs/03_data.ipynb #f4a32c8a
 class _Batches:
     "A `DataLoader` whose errors are one sentence."
 

@@ -111,7 +111,7 @@ def _npy_labels(path, rows, columns=None, allowed=(0, 1)) -> np.ndarray:  # (row
         )
     return labels.astype(np.int8)
 
-
+# %% ../nbs/04_datasets.ipynb #dd85009b
 def _npy_images(path) -> list:
     "The list of file names."
     names = _npy(path)
@@ -165,7 +165,7 @@ def _formatted(root, fidelity="paper", object_area=False, classes=None, images=N
     folder = _image_folder(root, parts[0][0][0]) if images is None else Path(images).expanduser()
     return _official("npy", folder, known, [p[:2] for p in parts], observed=[p[2] for p in parts])
 
-
+# %% ../nbs/04_datasets.ipynb #ab85cdbf
 def _names_by_number(root, columns, fidelity) -> tuple:
     for name in ("voc", "coco", "nus", "cub"):
         if len(class_names(name)) == columns:
@@ -252,7 +252,7 @@ def _voc_area(base, ids, classes) -> np.ndarray:  # (n, C) square pixels
             raise AevlpError(f"{path}: the boxes cannot be read ({e}); extract the archive again") from None
     return area
 
-
+# %% ../nbs/04_datasets.ipynb #cb114357
 def _voc(root, fidelity="paper", object_area=False) -> LabelledImages:
     "PASCAL VOC 2012."
     base, classes = _base(root, _VOC_BASES, "ImageSets/Main"), class_names("voc")
@@ -292,7 +292,7 @@ def _coco_part(path, folder) -> tuple:  # image names, (n, C) int8, (n, C) squar
         area[row[image], c] += size
     return names, truth, area, classes
 
-
+# %% ../nbs/04_datasets.ipynb #55c386a2
 def _coco(root, fidelity="paper", object_area=False) -> LabelledImages:
     "MS-COCO 2014."
     base = _base(root, ("", "annotations_trainval2014"), "annotations/instances_train2014.json")
@@ -326,7 +326,7 @@ def _nus_column(path, rows) -> np.ndarray:  # (rows,) int8
 def _nus_images(path) -> list:
     return [line.strip().replace("\\", "/") for line in _text(path).splitlines() if line.strip()]
 
-
+# %% ../nbs/04_datasets.ipynb #9a40a96b
 def _nus(root, fidelity="paper", object_area=False) -> LabelledImages:
     "NUS-WIDE: the formatted lists where they are, else the official ones."
     if (Path(root) / "formatted_train_images.npy").exists():
@@ -401,7 +401,7 @@ def _cub_labels(path, n_images, n_attributes) -> np.ndarray:  # (n, C) int8
         )
     return truth
 
-
+# %% ../nbs/04_datasets.ipynb #4ad96112
 def _cub(root, fidelity="paper", object_area=False) -> LabelledImages:
     "CUB-200-2011 with its attributes as labels."
     base = _base(root, ("CUB_200_2011", "CUB_200_2011/CUB_200_2011", ""), "images.txt")
@@ -420,6 +420,8 @@ def _cub(root, fidelity="paper", object_area=False) -> LabelledImages:
 # %% ../nbs/04_datasets.ipynb #4fb0e04e
 # name -> function of (root, fidelity, object_area, **kw) that gives `LabelledImages`
 READERS = {"voc": _voc, "coco": _coco, "nus": _nus, "cub": _cub, "npy": _formatted}
+
+
 # read as their owner has them: name -> function of (root, **kw); a format of yours goes here
 OWN = {"csv": sheets.table, "folders": trees.folders, "own-coco": trees.coco, "own-voc": trees.voc}
 
@@ -443,7 +445,7 @@ def _observation(observation) -> dict:  # arguments of `observe`
             raise AevlpError(f"observation {observation!r}: {part!r} is not key=number, as in 'uniform, k=2'") from None
     return wanted
 
-
+# %% ../nbs/04_datasets.ipynb #bf226b35
 def resolve(
     name: str | None = None,  # one of `names()`; None: what lies there
     root=None,  # folder of the data set
@@ -465,7 +467,7 @@ def resolve(
             return "own-voc"
     return name
 
-
+# %% ../nbs/04_datasets.ipynb #e62c2a0c
 def load(
     name: str,  # one of `names()`
     root=None,  # folder of the data set; default `home()/name`, of own pictures the folder of the CSV
@@ -499,7 +501,7 @@ def load(
         data = READERS[name](root, fidelity=fidelity, object_area=wanted.get("how") == "size", **kw)
     return observe(data, **wanted) if wanted else data
 
-
+# %% ../nbs/04_datasets.ipynb #9dcaecb1
 def _observed(data, wanted) -> LabelledImages:
     "Own labels as they are given; others, where asked for, drawn from the truth, or from the positives alone."
     if wanted and data.truth is None and wanted.get("how", "uniform") in ("uniform", "frequency"):
@@ -626,6 +628,8 @@ ARCHIVES = {
         )
     ],
 }
+
+# %% ../nbs/04_datasets.ipynb #2fab8e61
 _NUS_HOW = (
     "NUS-WIDE's pictures are given on request only: fill in the agreement form on the data set's page of the National "
     "University of Singapore, unpack Flickr.zip to {root}/Flickr, put the formatted_*.npy lists of Zenodo record "
@@ -656,7 +660,7 @@ def _transfer(url, part, timeout):
     if total and part.stat().st_size < total:
         raise ConnectionError(f"the connection ended after {part.stat().st_size} of {total} bytes")
 
-
+# %% ../nbs/04_datasets.ipynb #2951f591
 def _download(archive, path, tries=6, pause=1.0, timeout=30):
     "Try again with growing pauses; what is there is kept, in this and in the next call."
     part = path.with_name(path.name + ".part")

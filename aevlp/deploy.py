@@ -63,7 +63,7 @@ def about(
     )
     return found | ({"note": why} if why else {})
 
-
+# %% ../nbs/15c_deploy.ipynb #1ece7a21
 def thresholds(
     run,  # folder, name, or beginning of a name
     device: str = "cpu",
@@ -135,7 +135,7 @@ def pictures_in(
         raise AevlpError("no picture was given")
     return [p.absolute() for p in found], left
 
-
+# %% ../nbs/15c_deploy.ipynb #2942af75
 def _left_out(left) -> str:
     "`; left out: 2 files (why): a.HEIC, b.txt`"
     parts = [
@@ -187,7 +187,7 @@ def fuse(
         raise AevlpError(f"run {run.name} cannot be joined with CLIP: {why}")
     return train.fuse_run(run, data, scorer, device)
 
-
+# %% ../nbs/15c_deploy.ipynb #fdd14780
 def _with_clip(run, settings, names, device) -> tuple:
     "What joins CLIP's opinion of pictures to probabilities, and thresholds of both together."
     if not (run / "clip.npz").is_file():
@@ -216,7 +216,7 @@ def _predicted(rows, names, probs, cut) -> pd.DataFrame:  # as `predict`
     shown = pd.DataFrame({**rows, "labels": labels})
     return pd.concat([shown, pd.DataFrame(probs, columns=_columns(names))], axis=1)
 
-
+# %% ../nbs/15c_deploy.ipynb #9be3fd86
 def _predict_features(run, model, names, files, threshold, device, with_clip) -> pd.DataFrame:  # as `predict`
     files = [Path(f) for f in ([files] if isinstance(files, (str, Path)) else files)]
     if wrong := [f for f in files if f.suffix not in (".npy", ".safetensors")]:
@@ -233,7 +233,7 @@ def _predict_features(run, model, names, files, threshold, device, with_clip) ->
     ids = np.concatenate([np.asarray(ids).astype(str) for _, ids in read])
     return _predicted({"id": ids}, names, logits.float().sigmoid().cpu().numpy(), np.broadcast_to(cut, len(names)))
 
-
+# %% ../nbs/15c_deploy.ipynb #e6a89f4a
 def predict(
     run,  # folder, name, or beginning of a name
     images,  # files and folders
@@ -308,7 +308,7 @@ def save_predictions(
     picture.write_bytes(plots.png(grid(table.head(most))))
     return [out, picture]
 
-
+# %% ../nbs/15c_deploy.ipynb #b8ad3492
 def grid(
     table: pd.DataFrame,  # of `predict`
     columns: int = 4,
@@ -380,7 +380,7 @@ def _write_onnx(model, example, out):
     session = onnxruntime.InferenceSession(str(out), providers=["CPUExecutionProvider"])
     return lambda x: session.run(None, {"pictures": x.numpy()})[0]
 
-
+# %% ../nbs/15c_deploy.ipynb #9d424cd2
 def _write_torchscript(model, example, out):
     "TorchScript, and what it makes of the example."
     with warnings.catch_warnings():
@@ -410,7 +410,7 @@ def _model_files(out) -> tuple:  # model, its JSON
 
     return outcome.keep_foreign(out, ours), outcome.keep_foreign(beside, ours)
 
-
+# %% ../nbs/15c_deploy.ipynb #444575d3
 def export(
     run,  # folder, name, or beginning of a name
     form: str = "onnx",  # or 'torchscript'
@@ -543,7 +543,7 @@ def _table(frame) -> str:
 
 SCORE = {"per_class": "average precision", "per_class_auc_observed": "AUC of given labels"}  # columns of `by_class`
 
-
+# %% ../nbs/15c_deploy.ipynb #19e58e3e
 def by_class(
     run,  # folder of a run
     metrics: dict,  # of it
@@ -606,7 +606,7 @@ def _scored(without, classes, truth) -> str:
     said = f"; {without} of {classes} classes have no positive there and no number" if without else ""
     return said + ("" if truth else "; of the given labels alone, for the truth is unknown")
 
-
+# %% ../nbs/15c_deploy.ipynb #0bd3d026
 def _card_facts(run, params, metrics) -> dict:
     "What the card says."
     said, method = about(run), methods.get(params["method"])

@@ -464,7 +464,7 @@ class Map(anywidget.AnyWidget):
     names = traitlets.List().tag(sync=True)  # of the groups
     colours = traitlets.List().tag(sync=True)  # of the groups
 
-
+# %% ../nbs/15f_draw.ipynb #453593e4
 class Pick(anywidget.AnyWidget):
     "HTML whose parts with `data-pick` can be clicked."
 
@@ -526,7 +526,7 @@ def sign(
         f"{html.escape(verdict if text is None else text)}</span>"
     )
 
-
+# %% ../nbs/15f_draw.ipynb #0236e690
 def legend_html(names=tuple(VERDICTS)) -> str:
     "The symbols and what they mean."
     return '<div class="soft">' + "".join(f'<span class="chip">{sign(v)}</span>' for v in names if v) + "</div>"
@@ -579,7 +579,7 @@ def score_bar(
     ]
     return "".join(out) + "</svg>"
 
-
+# %% ../nbs/15f_draw.ipynb #eb461d20
 _MARKS = {
     "whole picture": ("circle", plots.BLUE),
     "patches": ("diamond", plots.VERMILLION),
@@ -649,7 +649,7 @@ def labels_html(
         _negatives(class_names, v, final, name) for v, name in zip(every, ("", "" if other is None else other[0]))
     )
 
-
+# %% ../nbs/15f_draw.ipynb #f404244a
 def _negatives(class_names, found, final, of):
     minus = [class_names[c] for c in np.argsort(final, kind="stable") if found[c] == "negative"]
     listed = ", ".join(f"− {html.escape(n)}" for n in minus) or "none"
@@ -742,7 +742,7 @@ def history_html(
     )
     return f'<table class="tight"><tr><th>epoch</th>{head}<th>positive in</th></tr>{body}</table>'
 
-
+# %% ../nbs/15f_draw.ipynb #a08a19eb
 def opinions_html(
     class_names,  # C names
     opinions,  # {name: (probabilities (C,), thresholds (C,))} of one model or two
@@ -806,7 +806,7 @@ def curve_html(
         )
     return f'<div style="display:flex;flex-wrap:wrap">{out}</div>'
 
-
+# %% ../nbs/15f_draw.ipynb #baf33509
 def matrix_html(
     matrix,  # (C,C) int
     class_names,  # C names
@@ -847,7 +847,7 @@ def matrix_html(
         )
     return "".join(out) + f'<rect width="{n}" height="{n}" fill="none" stroke="#8888" stroke-width="0.04"/></svg>'
 
-
+# %% ../nbs/15f_draw.ipynb #93da11c1
 def table_html(
     frame,  # pandas, in the order to show
     pick=None,  # the column whose value a row sends

@@ -30,7 +30,7 @@ def turn(epoch, epochs):  # -> the epoch whose views are used in `epoch`
 
 _PART = 2**21  # pixels of views that are made at a time on the CPU
 
-
+# %% ../nbs/09b_eyes.ipynb #62321f72
 class Eyes:
     "View embeddings of images from the bank, or from CLIP; epoch 0 is that of the evaluation views"
 
@@ -200,7 +200,7 @@ def open_bank(data, split, clip, settings, seed, root=None):
     "The bank of the views that `settings` describes, of the global view where they are None"
     return bank_for(Eyes(clip, settings, seed), data, split, root)
 
-
+# %% ../nbs/09b_eyes.ipynb #1f1768d6
 _BATCH = 64  # pictures that are decoded and encoded at a time
 
 

@@ -44,7 +44,7 @@ class Embedded(Sequence):
             return [self[j] for j in range(*i.indices(len(self)))]
         return self.pictures[int(self.ids[i])][0]
 
-
+# %% ../nbs/10b_frozen.ipynb #4111151e
 class Embeddings:
     "The embeddings of a data set in any order, through the banks: for a head what `train.Pictures` is for a student"
 
@@ -152,7 +152,7 @@ def _ids(path):
     except (OSError, ValueError) as e:
         raise AevlpError(f"{path}: cannot be read as ids, .npy or one a line ({e}).") from e
 
-
+# %% ../nbs/10b_frozen.ipynb #c995eebd
 def read_features(
     file,  # .npy or .safetensors
     ids=None,  # of the rows: a list, or a .npy or text file; None: those in the file, else positions 0, 1, ...
@@ -183,7 +183,7 @@ def _names(data):  # -> three lists: paths below the common folder, file names, 
     below = [str(p)[len(root) :].lstrip("/") for p in data.paths]
     return below, [Path(p).name for p in below], [Path(p).stem for p in below]
 
-
+# %% ../nbs/10b_frozen.ipynb #121040e8
 def _row_of(ids, data, path):  # -> {position in the data set: row of the features}
     "Which row belongs to which picture"
     ids, needed = np.asarray(ids), _needed(data)
@@ -244,7 +244,7 @@ def import_features(
             at += len(part)
     return bank
 
-
+# %% ../nbs/10b_frozen.ipynb #ef95ccdc
 def head_rows(
     file,  # .npy or .safetensors
     width: int,  # of what the head reads

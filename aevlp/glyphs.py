@@ -210,7 +210,7 @@ def _overlap(a, b) -> float:
     common = max(0, min(a[2], b[2]) - max(a[0], b[0])) * max(0, min(a[3], b[3]) - max(a[1], b[1]))
     return common / min((c[2] - c[0]) * (c[3] - c[1]) for c in (a, b))
 
-
+# %% ../nbs/05_glyphs.ipynb #6b8eb6af
 def _paint(rng, image, mask, box, light):
     "A thing plainly, with a shadow or as a sticker; one in eight is partly covered."
     colour, style = _colour(rng, but=(light - 85, light + 85)), int(rng.integers(3))
@@ -256,7 +256,11 @@ SIZES = {
     "demo": (2500, 1000),
     "tiny": (60, 30),
 }  # scenes of the official training set (a fifth is for validation), of test
+
+
 VERSION = 1  # raised with every change of what is drawn
+
+
 _GROUP = 100
 
 
@@ -281,7 +285,7 @@ def _draw_group(folder, seed, stream, indices):
     np.savez(labels, truth=truth.astype(np.int8), area=area.astype(np.float32))
     _write(folder / f"{stream}-{indices[0]:05d}.npz", labels.getvalue())
 
-
+# %% ../nbs/05_glyphs.ipynb #c25ecff4
 def _groups(folder, seed, counts):
     "Every group's label file, drawn first where it or a picture is missing."
     groups = [(s, range(i, min(i + _GROUP, n))) for s, n in counts.items() for i in range(0, n, _GROUP)]

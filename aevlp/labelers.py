@@ -124,7 +124,7 @@ class DampLabeler(Labeler):
     def labels(self, batch, epoch):
         return self.scores(batch, epoch).pseudo.to(torch.int8)
 
-
+# %% ../nbs/10_labelers.ipynb #370b9b9a
 class PiaaLabeler(Labeler):
     "DAMP's rules on PIAA's scores: the best classes above a threshold, the worst as negatives"
 
@@ -147,7 +147,7 @@ class VlplLabeler(Labeler):
         probs = similarities(self.eyes(batch, 1)[:, 0], self.prototypes, self.recipe.vlpl_temperature)
         return (probs > self.recipe.vlpl_threshold).to(torch.int8).to(batch.observed.device)
 
-
+# %% ../nbs/10_labelers.ipynb #2c9a5160
 class Fixed(Labeler):
     "The labels that another labeler gives in the first epochs, in turn for ever"
 
@@ -211,7 +211,7 @@ def _dynamic(make):
 
     return made
 
-
+# %% ../nbs/10_labelers.ipynb #15c5848e
 LABELERS = {  # name -> function of (data, recipe, seed, device, bank_root); your own goes here too
     "none": lambda *_: Labeler(),
     "damp": _dynamic(_damp_labeler),

@@ -81,7 +81,7 @@ def given_recall(
     rows = [(t, float((scores[observed] >= t).mean()), float((scores >= t).sum(1).mean())) for t in thresholds]
     return pd.DataFrame(rows, columns=["threshold", "recall", "labels"])
 
-
+# %% ../nbs/18_look.ipynb #9de39a57
 def recall_curve(
     table: pd.DataFrame,  # of `given_recall`
     marked: float | None = None,  # a threshold to draw

@@ -132,7 +132,7 @@ def expected_positive_regulariser(
     "R = ((m-hat - m) / C)^2 with m-hat the mean number of predicted positives (Eqs. 4, 6)"
     return ((torch.sigmoid(_wide(logits)).sum(1).mean() - expected_positives) / logits.shape[1]) ** 2
 
-
+# %% ../nbs/01_losses.ipynb #fdb83dbc
 def gpr(
     logits,  # (B, C)
     observed,  # (B, C) in {-1, 0, 1}
@@ -241,7 +241,7 @@ def apl(
     soft = beta * bce(logits, soft_negatives.nan_to_num(), "none", epsilon)
     return _reduce(torch.where(known, soft, em(logits, observed, alpha, "none", epsilon)), reduction)
 
-
+# %% ../nbs/01_losses.ipynb #73300cc8
 def vlpl(
     logits,  # (B, C)
     observed,  # (B, C) in {-1, 0, 1}
@@ -323,7 +323,7 @@ def mime(
     "MIME: BCE with the grown labels, and an information bottleneck"
     return bce(logits, label_matrix, epsilon=epsilon) + beta * _gaussian_kl(mu, log_std)
 
-
+# %% ../nbs/01_losses.ipynb #07b808aa
 def smile(
     logits,  # (B, C)
     observed,  # (B, C) in {-1, 0, 1}

@@ -79,7 +79,7 @@ class Objective:
     def logits(self, output):
         return logits_of(output)
 
-
+# %% ../nbs/12_methods.ipynb #85bf590d
 def merged(observed, pseudo):  # (B, C), (B, C)
     "Observed labels, pseudo-labels where nothing was observed"
     return torch.where(observed == 0, pseudo.to(observed.dtype), observed)
@@ -122,7 +122,7 @@ class Full(Objective):
         matrix = losses.bce(logits, truth.float(), "none", self.recipe.epsilon)  # an unknown label says nothing
         return matrix[known].sum() / known.sum().clamp(min=1)
 
-
+# %% ../nbs/12_methods.ipynb #7d03db86
 class BcePseudo(Objective):
     "BCE with positive pseudo-labels as positives, all else negative"
 
@@ -167,7 +167,7 @@ class Gr(Objective):
             **self.now,
         )
 
-
+# %% ../nbs/12_methods.ipynb #87d57d19
 class Gpr(Gr):
     "GPR loss (Eq. 2)"
 

@@ -58,6 +58,8 @@ ASSUMPTION = (
     "Measured on the given labels alone, as if each had been drawn evenly from the true ones of its picture; "
     "where labels favour what is large, frequent or striking, so do these numbers."
 )  # wherever they are shown
+
+
 MEASURES = dict(
     map="mAP",
     auc_observed="AUC (given labels)",
@@ -89,7 +91,7 @@ def _of_given(values, given):
 def _recall(k, higher, reach, given):
     return _of_given(((k - higher) / (reach - higher)).clamp(0, 1), given)
 
-
+# %% ../nbs/00_metrics.ipynb #0e113b96
 def _rank(higher, reach, given):
     return _of_given((higher + 1 + reach) / 2, given)
 
@@ -175,7 +177,7 @@ def weighted_ap(
     "Average precision of each class, tied scores grouped"
     return _classes(_ap, scores, np.asarray(targets) == 1, np.asarray(targets) != -1, weights)
 
-
+# %% ../nbs/00_metrics.ipynb #98dff52b
 def auc_observed(
     scores,  # (N, C) floats, higher is more positive
     observed,  # (N, C) 1 = given as a positive; all others are held against it
@@ -224,7 +226,7 @@ def _interval(draws, reflect=False):
         for v in ((value, max(2 * value - high, 0), min(2 * value - low, 100)) if reflect else (value, low, high))
     ]
 
-
+# %% ../nbs/00_metrics.ipynb #0bc2c6ef
 def map_interval(
     scores,  # (N, C) floats, higher is more positive
     targets,  # (N, C) 1 = positive, -1 = unknown

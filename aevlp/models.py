@@ -46,7 +46,7 @@ def _made(make, name):
 def _first_line(error):
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
-
+# %% ../nbs/11_models.ipynb #41f084d2
 class _Timm(nn.Module):
     "A timm model without its classifier"
 
@@ -68,7 +68,7 @@ class _Timm(nn.Module):
         side = math.isqrt(x.shape[1])
         return x.transpose(1, 2).reshape(len(x), -1, side, side)
 
-
+# %% ../nbs/11_models.ipynb #41ffc085
 class _ClipTower(nn.Module):
     "The image tower of an open_clip model"
 
@@ -139,7 +139,7 @@ def read_weights(path):  # .safetensors, .pth, .pt or .bin
             found = {k.removeprefix(prefix): v for k, v in found.items()}
     return found
 
-
+# %% ../nbs/11_models.ipynb #b8c9e6b0
 def _refuse_misfits(path, found, wanted, of):
     "Every tensor of `wanted` must be in `found` with its shape, and no other"
     shapes = [
@@ -257,7 +257,7 @@ class _AttentionLayer(nn.Module):
         x = self.norm1(x + self.dropout(self.attention(queries, keys, values, need_weights=False)[0]))
         return self.norm2(x + self.dropout(self.ffn(x)))
 
-
+# %% ../nbs/11_models.ipynb #104010c0
 class MimeHead(nn.Module):
     "MIME: a latent per class under an information bottleneck"
 
@@ -343,7 +343,7 @@ def _build_head(name, backbone, n_classes, recipe):
         recipe.mime_samples,
     )
 
-
+# %% ../nbs/11_models.ipynb #f6af1150
 class Classifier(nn.Module):
     "A backbone and a head; `mean`, `std` and `image_size` say what pictures it wants"
 
@@ -378,7 +378,7 @@ def build_model(
     model.head.requires_grad_(recipe.train_head)
     return model.to(memory_format=torch.channels_last) if recipe.channels_last else model
 
-
+# %% ../nbs/11_models.ipynb #180a7283
 @contextmanager
 def offline():
     "Inside, Hugging Face's hub is not asked: what is in its cache is used, and no more"
@@ -400,7 +400,7 @@ def _needs_no_network(name):  # of a backbone
     )
     return config is not None and "hf_model_name" not in config.get("text_cfg", {})
 
-
+# %% ../nbs/11_models.ipynb #41b75903
 def described_model(
     recipe,  # of the header of a weight file, which anybody may have written
     n_classes,  # C

@@ -29,7 +29,7 @@ def _once(pairs):
         raise ValueError(f"{next(n for n in names if names.count(n) > 1)!r} is in it twice")
     return found
 
-
+# %% ../nbs/12b_outcome.ipynb #a8b75f11
 def read_json(
     path,  # of a file in a run's folder
     kinds: dict | None = None,  # {name: type} of what may be in it, by hand edited to something else
@@ -148,7 +148,7 @@ def write(
         write_json(run_dir / "thresholds.json", {n: t for n, (t, _) in zip(data.class_names, found, strict=True)})
     write_json(run_dir / "run.json", about)
 
-
+# %% ../nbs/12b_outcome.ipynb #60a50f25
 def describe(
     data: LabelledImages,
 ) -> dict:  # plain values
@@ -185,7 +185,7 @@ def about(
         raise AevlpError(f"{path}: summary should be a list of splits; put it right, or remove the file")
     return found
 
-
+# %% ../nbs/12b_outcome.ipynb #d9653e9d
 def metrics(
     run_dir,  # of a run
 ) -> dict:  # {} for a run that is not finished
@@ -221,7 +221,7 @@ def metrics(
             raise AevlpError(f"{path}: {name} should be a number; put it right, or remove the file")
     return found
 
-
+# %% ../nbs/12b_outcome.ipynb #375d6ef9
 @dataclass(frozen=True)
 class Scored:
     "A split of a run: what the classifier said of every picture, and what is known of it."
@@ -253,7 +253,7 @@ def scored(
         raise AevlpError(f"{path}: probabilities and labels differ in shape; remove it, or train the run again")
     return Scored(tuple(map(str, found.get("names", ()))), found["probs"], found["targets"], found.get("observed"))
 
-
+# %% ../nbs/12b_outcome.ipynb #ff4b4e53
 def thresholds(
     run_dir,  # of a run
     class_names,  # of the run

@@ -88,7 +88,7 @@ def say_errors():
     if not os.environ.get("AEVLP_DEBUG"):
         get_ipython().set_custom_exc((Exception,), show)
 
-
+# %% ../nbs/15e_pages.ipynb #3268f993
 def notebook(
     given: dict,  # of `checked`
     review=None,  # {'out': CSV of your decisions, 'split', 'order'}: the review instead of the explorer
@@ -128,6 +128,8 @@ def notebook(
 # %% ../nbs/15e_pages.ipynb #1ee87353
 # other extensions of an installed JupyterLab fail in a page of Voila, and say so in its console
 _PAGE_NEEDS = "@jupyter-widgets/jupyterlab-manager", "@voila-dashboards/widgets-manager8", "anywidget"
+
+
 _RUN = """<script>
 const aevlp = setInterval(() => {
   const app = window.jupyterapp, at = app?.shell?.currentWidget, session = at?.sessionContext
@@ -164,7 +166,7 @@ def answers(port) -> bool:
     with socket.socket() as s:
         return s.connect_ex(("127.0.0.1", port)) == 0
 
-
+# %% ../nbs/15e_pages.ipynb #0ac6b0dd
 def _command(kind, notebook, port, temporary):
     "Arguments of the server, and the address of the page."
     if kind == "voila":
@@ -222,7 +224,7 @@ def _environment(token, temporary):
     path = os.pathsep.join(filter(None, [f"{temporary}/jupyter", os.environ.get("JUPYTER_PATH")]))
     return os.environ | {"JUPYTER_TOKEN": token, "JUPYTER_PATH": path}
 
-
+# %% ../nbs/15e_pages.ipynb #fab46052
 def serve(
     kind: str,  # 'jupyterlab' or 'voila'
     notebook: Path,  # of `notebook`

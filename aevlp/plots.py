@@ -33,8 +33,14 @@ BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILLION, PURPLE = (
     "#D55E00",
     "#CC79A7",
 )
+
+
 CYCLE = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, BLACK)
+
+
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+
+# %% ../nbs/14_plots.ipynb #916b24f1
 _RC = {
     "font.family": "DejaVu Sans",
     "font.size": 12,
@@ -102,7 +108,7 @@ def png(
         )
     return out.getvalue()
 
-
+# %% ../nbs/14_plots.ipynb #9a4bbad0
 def save(
     fig,  # the figure
     path,  # where; the ending is replaced by .png, .svg and .pdf
@@ -179,7 +185,7 @@ def _probability_panel(ax, probs, targets, bins, log):
     ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g} %"))
     ax.grid(axis="x", visible=False)
 
-
+# %% ../nbs/14_plots.ipynb #fcfc107a
 def probability_histograms(
     panels,  # {title: (probs (N,C) in [0,1], targets (N,C) in {0,1})}, one panel each, in this order
     bins=25,  # bins between 0 and 1
@@ -403,7 +409,7 @@ def front(
     strictly = (costs[:, None] < costs) | (values[:, None] > values)
     return ~(better & strictly).any(0)
 
-
+# %% ../nbs/14_plots.ipynb #723a7bdf
 def _cost_panel(ax, table, cost, title):
     for i, (kind, part) in enumerate(table.groupby("kind", sort=False)):
         ax.errorbar(
@@ -445,7 +451,7 @@ def _cost_panel(ax, table, cost, title):
     ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
     ax.xaxis.set_minor_formatter("")
 
-
+# %% ../nbs/14_plots.ipynb #c70368fc
 def cost_front(
     table,  # one row a method: `label`, `kind`, `map` in percent, `half` its interval, and the columns of `costs`
     costs,  # {column: title with its unit}, one panel each

@@ -56,7 +56,7 @@ def network(
     asking.join(seconds)
     return answers == [True]
 
-
+# %% ../nbs/14b_ready.ipynb #7c7822e6
 @lru_cache
 def _clip_tags(name) -> dict:  # tag -> {'hf_hub', 'url', ...}
     "open_clip's weights of a model, from the one file that lists them."
@@ -108,7 +108,7 @@ def _backbone_at_hand(name, weights) -> bool:
     torch = Path(os.environ.get("TORCH_HOME") or "~/.cache/torch").expanduser() / "hub/checkpoints"
     return any(_hub().glob(f"models--timm--{name}*/snapshots/*/*")) or any(torch.glob(f"{name.partition('.')[0]}*"))
 
-
+# %% ../nbs/14b_ready.ipynb #b281ff7e
 def weights(
     recipe: dict,  # fields of a recipe
     method: str,  # a name of `registry.METHODS`
@@ -169,7 +169,7 @@ def gpu() -> bool:
     "Whether there is an NVIDIA GPU to train on, without torch."
     return Path("/dev/nvidiactl").exists() and os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() not in ("", "-1")
 
-
+# %% ../nbs/14b_ready.ipynb #a054a471
 def start(
     data,  # own pictures
     method: str,  # a name of `registry.METHODS`

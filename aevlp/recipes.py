@@ -173,9 +173,17 @@ def _s(name, source, *values, methods=(), fidelity=""):
 
 # %% ../nbs/09_recipes.ipynb #e1059719
 _GLYPHS = "glyphs: chosen on the validation split"
+
+
 _FOUR = (None,) * 4  # nothing else for the four data sets
+
+
 _OURS = "ours"
+
+
 _STEADY = _OURS + ": chosen on the validation split of glyphs"
+
+# %% ../nbs/09_recipes.ipynb #5106a9fa
 TRAINING = (
     _s("epochs", "paper 6.1; " + _GLYPHS + ", where each method is at its plateau", 8, 8, 10, 10, 24),
     _s(
@@ -290,6 +298,8 @@ SINGLE = (
 
 # %% ../nbs/09_recipes.ipynb #fcb1686e
 _RANDOM = "paper 6.3: the average number of positives per image, less the observed one"
+
+
 DAMP = (
     _s("clip", "paper 6.1", *["ViT-B-16"] * 4, "glyphs-clip"),
     _s("clip_weights", "paper 6.1", *["openai"] * 4, ""),
@@ -320,7 +330,11 @@ DAMP = (
     _s("vlpl_threshold", "VLPL code (main_clip.py)", 0.3),
     _s("random_positives", _RANDOM, 0.5, 1.9, 0.9, 30.4, 1.7),
 )
+
+
 _PIAA = "PIAA code (learn.py, test.py); CUB: ours, as COCO; "
+
+# %% ../nbs/09_recipes.ipynb #b5dcad9d
 TOKENS = (
     _s("token_size", "SCLIP, PIAA: CLIP's own size; " + _GLYPHS, 0, 0, 0, 0, 96),
     _s("token_rule", "SCLIP (ECCV 2024), PIAA code; glyphs: its CLIP is a ResNet", "sclip"),
@@ -357,7 +371,7 @@ def _w(number, item, name="", *values, note=""):
     values = values * len(DATASETS) if len(values) == 1 else values
     return Switch(number, item, name, values, note)
 
-
+# %% ../nbs/09_recipes.ipynb #b4c4be92
 SWITCHES = (
     _w(1, "negative pseudo-labels are written as 0", "negatives_as", 0),
     _w(2, "patches do not overlap", "overlap", 0.0),
@@ -440,9 +454,11 @@ OWN = (
     _r("head_lr", _MIME, 1e-3, methods=("mime",)),
     _r("batch_size", _MIME, 32, 32, 16, 16, methods=("mime",)),
 )
+
+
 _FROZEN = "frozen backbone: glyphs: chosen on validation; others: as many steps"
 
-
+# %% ../nbs/09_recipes.ipynb #836cec98
 def _f(name, *values, hidden=False, methods=("frozen",)):
     return _s(name, _FROZEN, *values, methods=("frozen-hidden",) if hidden else methods)
 
@@ -460,6 +476,8 @@ HEADS_ALONE = (
     _f("early_stop", "none"),
     _f("train_head", True),
 )
+
+
 SETTINGS = (
     TRAINING
     + LOSSES
@@ -477,7 +495,11 @@ SETTINGS = (
 
 # %% ../nbs/09_recipes.ipynb #eec94206
 FIELDS = {f.name: f.type for f in fields(Recipe)}
+
+
 FIDELITIES = ("paper", "released")
+
+
 _CHOICES = dict(
     select_by=("map", "auc_observed", "auto"),
     optimizer=("adam", "adamax", "sgd"),
@@ -491,6 +513,8 @@ _CHOICES = dict(
     clip_norm=("clip", "imagenet"),
     token_rule=("sclip", "maskclip", "plain"),
 )
+
+# %% ../nbs/09_recipes.ipynb #4ed83729
 _AT_LEAST = dict(
     frozen_hidden=0,
     view_epochs=0,
@@ -516,6 +540,8 @@ _AT_LEAST = dict(
     token_grid=0,
     piaa_tokens=1,
 )
+
+
 _AT_MOST = dict(
     image_size=2048,
     grid=32,
@@ -526,6 +552,8 @@ _AT_MOST = dict(
     mime_ffn=2**16,
     mime_samples=2**10,
 )
+
+# %% ../nbs/09_recipes.ipynb #84034d86
 _ABOVE_0 = (
     "temperature",
     "vlpl_temperature",
@@ -539,6 +567,8 @@ _ABOVE_0 = (
     "sigma0",
     "sigmaT",
 )
+
+
 _UNIT = (
     "piaa_weight",
     "ema",
@@ -552,7 +582,7 @@ _UNIT = (
     "mime_threshold",
 )
 
-
+# %% ../nbs/09_recipes.ipynb #86c884a1
 def _typed(key, value):
     "`value` as the type of field `key`; a sentence if that cannot be"
     if key not in FIELDS:
@@ -577,7 +607,7 @@ def _typed(key, value):
         raise wrong
     return value
 
-
+# %% ../nbs/09_recipes.ipynb #9f58d53c
 def _check(key, value):
     "A sentence if `value` is out of the range of field `key`"
     if key in _CHOICES and value not in _CHOICES[key]:
@@ -600,6 +630,8 @@ def _check(key, value):
 
 # %% ../nbs/09_recipes.ipynb #e29e8b1a
 ALIASES = {"aevlp": "gpr+damp", "aevlp-augmented": "gpr+damp", "an-pl": "bce+none"}
+
+
 _SMALL_MIME = dict(mime_width=256, mime_ffn=1024, mime_z=64)  # VOC's transformer has 150 million weights
 
 
@@ -626,7 +658,7 @@ def _head_alone(overrides):
         return set()
     return {"frozen", "frozen-hidden"} if overrides.get("frozen_hidden") else {"frozen"}
 
-
+# %% ../nbs/09_recipes.ipynb #f13e15a7
 def _resolve(dataset, method, fidelity, also=frozenset()):
     "Settings that apply, last wins -> {field: (value, source)}"
     if fidelity not in FIDELITIES:
@@ -662,7 +694,7 @@ def recipe(
     "The recipe of `method` on `dataset`"
     return Recipe(**{k: v for k, (v, _) in _sourced(dataset, method, fidelity, data, overrides).items()})
 
-
+# %% ../nbs/09_recipes.ipynb #1041d799
 def _sourced(dataset, method, fidelity, data, overrides):
     "{field: (value, source)} with estimates and overrides, checked"
     overrides = {k: _typed(k, v) for k, v in overrides.items()}

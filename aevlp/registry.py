@@ -32,6 +32,8 @@ def _four(*values):
 
 
 _HEADS = {"boostlu-ll-r": "boostlu", "mime": "mime", "smile": "smile"}
+
+# %% ../nbs/09b_registry.ipynb #92589f19
 _TABLE1 = (  # name, title, labeler, source, paper, independent runs
     ("full", "Full-label (BCE)", "none", "Table 1", (89.42, 76.78, 52.08, 30.90), ()),
     (
@@ -97,6 +99,8 @@ _TABLE2 = (
     ("gpr+ll-ct", "GPR + LL-Ct", "ll-ct", "Table 2", (89.5, 71.66, 47.72, 20.41), ()),
     ("bce+damp", "BCE + DAMP", "damp", "Table 2", (88.72, 71.89, 48.60, 24.01), ()),
 )
+
+
 _FIELD = (
     ("an-ls", "AN, label smoothing", "none", "Cole et al., CVPR 2021", (), (87.55, 67.07, 43.62, 16.45)),
     ("wan", "Weak AN", "none", "Cole et al., CVPR 2021", (), (87.14, 65.55, 45.79, 14.62)),
@@ -104,6 +108,7 @@ _FIELD = (
     ("ll-r", "LL-R", "none", "Kim et al., CVPR 2022", (), (87.78, 70.08, 48.05, 18.97)),
     ("ll-cp", "LL-Cp", "none", "Kim et al., CVPR 2022", (), (87.47, 70.46, 48.00, 19.31)),
 )
+
 
 _OURS = (
     (
@@ -116,7 +121,7 @@ _OURS = (
     ),
 )
 
-
+# %% ../nbs/09b_registry.ipynb #785e8416
 def _method(name, title, labeler, source, paper, independent):
     loss = "gpr" if name.startswith("aevlp") else name.partition("+")[0]
     return Method(name, title, loss, labeler, _HEADS.get(loss, "linear"), _four(*paper), _four(*independent), source)
@@ -133,9 +138,17 @@ _SCORERS = (  # what CLIP knows without training: name, title, who proposed it
     ),
     ("clip-piaa", "PIAA", "Wang et al., ICML 2026"),
 )
+
+
 METHODS = {row[0]: _method(*row) for row in _TABLE1 + _FIELD + _TABLE2 + _OURS}
+
+
 METHODS |= {name: Method(name, title, "", source=source, scorer=name) for name, title, source in _SCORERS}
+
+
 TABLE1 = tuple(row[0] for row in _TABLE1)
+
+
 TABLE2 = ("bce+random", "gpr+random", "vlpl", "gpr+vlpl", "ll-ct", "gpr+ll-ct", "bce+damp", "aevlp")
 
 # %% ../nbs/09b_registry.ipynb #17612d22

@@ -238,7 +238,7 @@ def _opinions(f) -> tuple:  # measure, {'', 'clip_', 'fused_': (validation, test
             return measure, {"": own} | found
     return None, {}
 
-
+# %% ../nbs/15f_report.ipynb #f6dc5b40
 def table(
     head: list,  # of texts
     rows: list,  # of lists of HTML or text; the first of each is the row's name
@@ -505,7 +505,7 @@ def _about_pseudo(f) -> list:
         ]
     return []
 
-
+# %% ../nbs/15f_report.ipynb #bd366590
 def _about_fusion(f) -> list:
     "Whether CLIP's opinion helps at prediction."
     measure, found = _opinions(f)

@@ -102,6 +102,8 @@ def rows(
 
 
 ASKED = ("method", "seed", "fidelity", "observation", "overrides")  # what tells published results from each other
+
+# %% ../nbs/15b_results.ipynb #f94270e8
 SETTLED = (
     "epochs",
     "batch_size",
@@ -112,6 +114,8 @@ SETTLED = (
     "backbone",
     "clip",
 )  # and must be as they were
+
+
 PUBLISHED = (
     "label",
     *ASKED,
@@ -136,7 +140,7 @@ PUBLISHED = (
 def _asked(row) -> tuple:  # of text
     return tuple("" if pd.isna(row.get(k)) else str(row[k]) for k in (*ASKED, *SETTLED))
 
-
+# %% ../nbs/15b_results.ipynb #43cf2f24
 def _with_published(table, params, dataset) -> pd.DataFrame:
     "Rows without a run here take the published numbers of the same settings, if there are any."
     path = figures_root() / "reference" / dataset / "results.csv"
@@ -176,7 +180,7 @@ def publish(
     write_text(path, made.to_csv(index=False, float_format="%.6g"))
     return path
 
-
+# %% ../nbs/15b_results.ipynb #e2f40179
 def missing(
     table: pd.DataFrame,  # of `rows`
     spec,
@@ -205,7 +209,7 @@ def missing(
         f"`aevlp sweep {name} --dataset {dataset}{place} --seeds {seeds}` makes them."
     )
 
-
+# %% ../nbs/15b_results.ipynb #2647d039
 def beside_paper(
     table: pd.DataFrame,  # of `rows`
     metrics: dict,  # {column of `board.frame()`: (heading, factor)}
@@ -283,7 +287,7 @@ def _picture(figure, words) -> str:
 def _table_html(table) -> str:
     return table.to_html(na_rep="–", border=0, escape=True, float_format=lambda v: f"{v:.2f}")
 
-
+# %% ../nbs/15b_results.ipynb #e1021918
 def _figures(table, past) -> list:
     "Learning curves by row, and the quality of pseudo-labels where there are any."
     past = past.merge(table[["run", "label"]].dropna().drop_duplicates("run"), on="run")
@@ -320,7 +324,7 @@ def _links(table) -> str:
     ]
     return f"<table><tr><th>row<th>seed<th>test {measured} (%)<th>notebook</tr>{''.join(lines)}</table>"
 
-
+# %% ../nbs/15b_results.ipynb #936927cb
 def _section(spec, name, root, csv, seeds, folder, past) -> list:
     "What the page says of one data set."
     table = rows(spec, name, root, csv, seeds, folder)
@@ -411,7 +415,7 @@ def _best_of_three(work, pictures) -> float:  # milliseconds a picture
         spent.append(time.process_time() - began)
     return 1000 * min(spent) / pictures
 
-
+# %% ../nbs/15b_results.ipynb #d0fae9dc
 def milliseconds(
     data,  # `LabelledImages`
     recipe,
@@ -436,7 +440,7 @@ def milliseconds(
                 found[kind] = _best_of_three(lambda: scorer.scores(images), len(images))
     return found
 
-
+# %% ../nbs/15b_results.ipynb #6df7d0a9
 def prices(
     spec,  # of `rows`
     dataset: str,
@@ -473,7 +477,7 @@ def prices(
         )
     return pd.DataFrame(lines).set_index("")
 
-
+# %% ../nbs/15b_results.ipynb #ea627190
 def points(
     table: pd.DataFrame,  # of `rows`
     prices: pd.DataFrame,  # of `prices`
@@ -559,7 +563,7 @@ def demo(
         raise runs.RunFailed(f"{len(failed)} runs did not end: {failed.iloc[0].run}: {failed.iloc[0].error}")
     return table
 
-
+# %% ../nbs/15b_results.ipynb #47f17c90
 def summary(
     spec,
     folder=None,  # of all runs

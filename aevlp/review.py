@@ -45,7 +45,7 @@ def opinions(
     found = pseudo_labels(probs, torch.from_numpy(data.observed[ids]), recipe)
     return found.final.numpy(), found.pseudo.numpy()
 
-
+# %% ../nbs/16b_review.ipynb #f8f0a613
 def plan_of(
     state,  # an `Explorer`
     split,  # to review
@@ -93,7 +93,7 @@ export default {render}
 """
     items = traitlets.List().tag(sync=True)  # of (key, class, score as text, on, given)
 
-
+# %% ../nbs/16b_review.ipynb #9d08c54b
 class Glass(anywidget.AnyWidget):
     "Zooms the picture of the page that it is on."
 
@@ -179,6 +179,8 @@ REVIEW_KEYS = {
     "v": "patches",
     "z": "zoom",
 }
+
+
 _ACTIONS = {  # action: (text, icon, what it does)
     "accept": ("Accept", "check", "save what is switched on and go to the next open picture (Enter)"),
     "skip": ("Skip", "forward", "leave this picture out, and go to the next open one (s)"),
@@ -189,9 +191,11 @@ _ACTIONS = {  # action: (text, icon, what it does)
     "zoom": ("Zoom", "search-plus", "larger, around the middle or where you click (z)"),
     "summary": ("Summary", "list", "what the decisions changed so far"),
 }
+
+
 _DEFAULT_ORDER = {"train": "uncertain", "val": "weighted", "test": "weighted"}
 
-
+# %% ../nbs/16b_review.ipynb #83db7fa9
 class ReviewPage(widgets.VBox):
     "The reviewer's page: `state` proposes, `notes` keeps the decisions."
 
@@ -300,7 +304,7 @@ def _lay(self: ReviewPage, plan, fixed):
     self.bar.max, self.summary.value = len(self.names), ""
     self.go(self.unreviewed(0) or 0)
 
-
+# %% ../nbs/16b_review.ipynb #2915879b
 @patch
 def unreviewed(self: ReviewPage, start):
     "The first picture from `start` on that is open; None when none is."
@@ -372,7 +376,7 @@ def show(self: ReviewPage, error=None):
     if error:
         self.status.value += f'<br><span class="note">{html.escape(str(error))}</span>'
 
-
+# %% ../nbs/16b_review.ipynb #65c7647d
 @patch
 def measured(self: ReviewPage) -> str:
     "What the run's mAP is by the pictures so far."
@@ -417,7 +421,7 @@ def act(self: ReviewPage, action):
     "A key or a button; a number switches that candidate."
     self._try(self._act, action)
 
-
+# %% ../nbs/16b_review.ipynb #7a04a1a9
 @patch
 def _act(self: ReviewPage, action):
     if action in ("next", "previous"):
@@ -452,7 +456,7 @@ def _decide(self: ReviewPage, action):
     if following is None:
         self.summary.value = self.changes()
 
-
+# %% ../nbs/16b_review.ipynb #8e15fff0
 @patch
 def _undo(self: ReviewPage):
     "Take the last decision back, wherever it was."

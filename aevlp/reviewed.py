@@ -74,7 +74,7 @@ def draw(
 
 Sample = namedtuple("Sample", "names weights order skipped out_of_turn")
 
-
+# %% ../nbs/15d_reviewed.ipynb #724bdc71
 def sample(
     plan,  # of `draw`, or None
     reviewed,  # names with a decision
@@ -104,7 +104,7 @@ def names_of(
     top = root or (os.path.commonpath([os.path.dirname(p) for p in data.paths]) if len(data) else "")
     return [Path(os.path.relpath(p, top)).as_posix() for p in data.paths]
 
-
+# %% ../nbs/15d_reviewed.ipynb #e480c9c9
 class Review:
     "Decisions on pictures, in a CSV that is written after every one, and how the pictures were drawn, beside it."
 
@@ -185,7 +185,7 @@ def plan(
         )
     return self.plans[split]
 
-
+# %% ../nbs/15d_reviewed.ipynb #257a737d
 @patch
 def skip(self: Review, split, name, yes=True):
     "Leave a picture out, or take it in again; the sample is one without it."
@@ -221,7 +221,7 @@ def _save(self: Review, rows):
         file.write(table.getvalue().encode())
     self.rows, self._seen = rows, self._digest()
 
-
+# %% ../nbs/15d_reviewed.ipynb #4f0c1ed8
 @patch
 def _read(self: Review):
     "Go on from an earlier session; what is not such a file is refused."
@@ -347,7 +347,7 @@ def _drawn(notes, split):
     part, at = sample(notes.plans.get(split), here), {n: i for i, n in enumerate(notes.names)}
     return np.array([at[n] for n in part.names], dtype=np.int64), part
 
-
+# %% ../nbs/15d_reviewed.ipynb #fdf09994
 def _rows(run, notes, split, ids, said):
     "The predictions of pictures; refused where the data set is no longer the one that the run was of."
     rows, names = pd.Index(said[0]).get_indexer(ids), outcome.scored(run, split).names
@@ -378,7 +378,7 @@ def map_of(
     weights = resampled(part.weights, draws=draws).T
     return 100 * metrics.nanmean(metrics.weighted_ap(_rows(run, notes, split, ids, said), truth, weights), 0)
 
-
+# %% ../nbs/15d_reviewed.ipynb #cbd03dea
 def labels_of(
     run,  # folder of a finished run
     notes,  # a `Review` of its data
@@ -431,7 +431,7 @@ def about(
             )
     return lines
 
-
+# %% ../nbs/15d_reviewed.ipynb #ce7556a0
 def measure(
     folders,  # of finished runs on one data set
     notes,  # a `Review` of it
@@ -459,7 +459,7 @@ def measure(
         chosen_by=by, **{f"minus_best{e}": [g[i] for g in gaps] for i, e in enumerate(("", "_low", "_high"))}
     )
 
-
+# %% ../nbs/15d_reviewed.ipynb #e6eaccfb
 def shown(
     table,  # of `measure`
 ) -> pd.DataFrame:  # text

@@ -129,7 +129,7 @@ class DampScorer(Scorer):
             whole + aggregate(probs[:, 1:], threshold, self.recipe.strict_local)
         ) / 2  # `damp(...).final`, without its labels
 
-
+# %% ../nbs/09c_scorers.ipynb #c0515347
 class TokensScorer(DampScorer):
     "DAMP's final score, with dense tokens as patches"
 
@@ -169,7 +169,7 @@ def surest(
     chosen = torch.cat([order[won[order] == c][:most] for c in won.unique()])
     return tokens[chosen], probs[chosen]
 
-
+# %% ../nbs/09c_scorers.ipynb #520482e6
 class PiaaScorer(Scorer):
     "PIAA: Gaussians of the surest tokens of the training pictures"
 
@@ -265,7 +265,7 @@ def mean_ap(
         100 * average_precision(torch.as_tensor(probs), torch.as_tensor(truth), empty)[torch.as_tensor(known)]
     )
 
-
+# %% ../nbs/09c_scorers.ipynb #928debd3
 def fusion_weight(
     probs,
     clip_probs,  # (n, C) of the validation pictures that are wholly labelled

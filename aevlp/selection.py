@@ -19,6 +19,8 @@ from .data import AevlpError, progress, write_text
 
 # %% ../nbs/15f_selection.ipynb #9f5bc20b
 REVIEWED = (20, 50, 100, 200)  # pictures that a person looked at
+
+
 RULES = {
     "clean mAP": "mAP, all validation labels known",
     "AUC": "AUC (given labels)",
@@ -45,7 +47,7 @@ def review_draws(
         drawn[rng.permutation(n)[:k], column] = 1
     return names, drawn
 
-
+# %% ../nbs/15f_selection.ipynb #d00899d6
 def rule_scores(
     probs,  # (n, C) of a candidate on the validation pictures
     given,  # (n, C) 1 = given as a positive
@@ -130,7 +132,7 @@ def candidates(
                     rows.append(dict(epoch=epoch, test_map=test) | said)
     return pd.DataFrame(rows)
 
-
+# %% ../nbs/15f_selection.ipynb #e2ca5eae
 # of Tables 1 and 7, those that learn from one label and whose loss needs no map of the picture
 METHODS = (
     "an",
@@ -154,7 +156,7 @@ METHODS = (
 
 FROZEN_RUNS = dict(backbone="frozen", view_seed=0, epochs=60)
 
-
+# %% ../nbs/15f_selection.ipynb #c148fa4e
 def experiment(
     methods=METHODS,
     seeds=range(5),

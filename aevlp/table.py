@@ -32,7 +32,7 @@ from .vlm import similarities
 # %% ../nbs/15a_table.ipynb #d1cb4deb
 JUDGES = {"model": "the trained model", "damp": "DAMP", "clip": "CLIP, whole picture"}
 
-
+# %% ../nbs/15a_table.ipynb #937db5d0
 @dataclass(frozen=True)
 class Table:
     "What is known of every picture of a split, in the order of the split."
@@ -184,7 +184,7 @@ def column(
         cache[name, judge] = self._column(name, judge, slice(None))
     return cache[name, judge]
 
-
+# %% ../nbs/15a_table.ipynb #0e637755
 @patch
 def _column(self: Table, name, judge, c):
     "A column over some classes."
@@ -220,7 +220,7 @@ def _column(self: Table, name, judge, c):
     either = (one | other).sum(1)
     return np.where(either, (one & other).sum(1) / np.maximum(either, 1), 1.0)
 
-
+# %% ../nbs/15a_table.ipynb #97d75f40
 @patch
 def index(self: Table, class_name):
     "The number of a class."
@@ -263,7 +263,7 @@ def suspicion(
     cache[judge] = (np.where(inside, mistaken, missing).clip(0, 1) * enough).astype(np.float32)
     return cache[judge]
 
-
+# %% ../nbs/15a_table.ipynb #ca66f3ae
 @patch
 def errors(
     self: Table,
@@ -626,7 +626,7 @@ def read_table(
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as e:
         raise AevlpError(f"{path}: not a table that aevlp wrote ({type(e).__name__}); remove the file") from e
 
-
+# %% ../nbs/15a_table.ipynb #4a140112
 def open_table(
     data,  # the labelled images
     split,  # 'train', 'val' or 'test'

@@ -22,6 +22,8 @@ import numpy as np
 import pandas as pd
 import torch
 from accelerate import Accelerator
+
+# %% ../nbs/13_train.ipynb #9a33af88
 from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import broadcast
@@ -34,6 +36,8 @@ from timm.utils import ModelEmaV3
 import aevlp
 from . import outcome
 from .checkpoints import load_checkpoint, save_checkpoint
+
+# %% ../nbs/13_train.ipynb #d39099b8
 from aevlp.data import (
     AevlpError,
     LabelledImages,
@@ -61,6 +65,8 @@ from aevlp.metrics import (
     map_interval,
     single_positive,
 )
+
+# %% ../nbs/13_train.ipynb #c3325bf6
 from .models import FROZEN, build_model, described_model, logits_of, offline
 from .recipes import Recipe, from_settings, should_stop
 from .scorers import Scorer, beside_clip, build_scorer
@@ -95,9 +101,11 @@ def deterministic(
 
 # %% ../nbs/13_train.ipynb #49b2322f
 CACHE_BYTES = 512 * 2**20  # decoded pictures kept in memory, at most
+
+
 BATCH_BYTES = 256 * 2**20  # of pictures in a batch of predictions
 
-
+# %% ../nbs/13_train.ipynb #e65bde76
 class Pictures:
     "The pictures of a data set in any order, decoded by worker processes, kept in memory where they are few."
 
@@ -238,7 +246,7 @@ def _source(data, recipe, device, bank=None, **pictures):
         return Embeddings(data, recipe, device, bank)
     return Pictures(data, _processes(recipe, device), **pictures)
 
-
+# %% ../nbs/13_train.ipynb #f8787367
 @torch.no_grad()
 def predict(
     model,  # a classifier of `models`, on `device`
@@ -410,7 +418,7 @@ def labels(self: Training, ids, local, images, logits):
         pseudo = self.labeler.labels(batch(local, images, None), self.at["epoch"])
         return everything, gather_rows(self.accelerator, pseudo, len(ids))
 
-
+# %% ../nbs/13_train.ipynb #aa831c0c
 @patch
 def step(self: Training, ids, local, images):
     "One update on the global batch `ids`."
@@ -581,7 +589,7 @@ def train_epoch(self: Training, tick=lambda: None):
             self.checkpoint()
     self.check()
 
-
+# %% ../nbs/13_train.ipynb #5080f6fd
 @patch
 def probabilities(self: Training, split):
     "The classifier's probabilities on a split, the same on every rank."
@@ -717,7 +725,7 @@ def measured(self: Training, split, probs):
     per_class = {"per_class": named(map(_number, average)), "per_class_auc_observed": named(map(_number, auc))}
     return said, per_class | {k: named(v.sum(0).tolist()) for k, v in counts.items()}
 
-
+# %% ../nbs/13_train.ipynb #0de447b8
 @patch
 def finish(self: Training):
     "Test the best weights; write predictions and metrics."
@@ -770,7 +778,7 @@ def _keep_clip(run_dir, numbers, arrays):
         np.savez_compressed(file, **arrays)
     return numbers
 
-
+# %% ../nbs/13_train.ipynb #7caea5f3
 def fuse_run(
     run_dir,  # of a finished run
     data: LabelledImages,  # that it was of
@@ -858,7 +866,7 @@ def finished(self: Training):
         shutil.rmtree(self.run_dir / "last", ignore_errors=True)  # left by a run killed after its last file
     return outcome.read_json(self.run_dir / "metrics.json")
 
-
+# %% ../nbs/13_train.ipynb #8d9bc4b9
 @patch
 def prepare_folder(self: Training):
     "The folder of the run, on rank 0 before the others go on."

@@ -49,6 +49,8 @@ class ViewSettings:
 
 # %% ../nbs/06_views.ipynb #5d7e4bbc
 _DRAWS = 4  # numbers per view: enlargement, flip, which augmentation, how strong
+
+
 _OP_RATE = 0.2
 
 
@@ -79,7 +81,7 @@ def draws(
     ]
     return np.array(rows).reshape(len(rows), count)
 
-
+# %% ../nbs/06_views.ipynb #bbf3d7f7
 def _boxes(
     sizes, g, grow
 ):  # (B, 2) pixels, grid, (B or 1, R) enlargement as a share of the tile -> (B, 1 + R, 4) int64
@@ -154,7 +156,7 @@ def _along_rows(values, width):  # (n, 3) -> (n, 3, 1, width)
     "One value a channel, repeated along a row: torch then works on whole rows instead of three values at a time"
     return values[:, None].expand(-1, width, -1).contiguous().permute(0, 2, 1)[:, :, None]
 
-
+# %% ../nbs/06_views.ipynb #274f19e5
 def _autocontrast(x, strength):  # full range in every channel
     pixels = x.permute(0, 2, 3, 1)
     low, high = pixels.amin(1).amin(1), pixels.amax(1).amax(1)
@@ -246,7 +248,7 @@ def _on_device(images, plan, size, mean, std, device):  # -> (B, V, 3, size, siz
     mean, scale = _constants(tuple(mean), tuple(std), out.shape[-1], device)
     return out.sub_(mean).mul_(scale)
 
-
+# %% ../nbs/06_views.ipynb #c8a47ca4
 def _make(images, plan, size, mean, std, device):
     if torch.device(device).type == "cpu":
         return _on_cpu(images, plan, size, mean, std)
@@ -288,7 +290,7 @@ def shifted(
     height, width = image.shape[1:]
     return image[:, _mirrored(height, round(down * height))][:, :, _mirrored(width, round(right * width))]
 
-
+# %% ../nbs/06_views.ipynb #16072377
 def student_inputs(
     images,  # B uint8 tensors (3, H, W), sizes may differ
     size: int,  # pixels of the squashed image

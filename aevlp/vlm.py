@@ -37,7 +37,7 @@ def _tokens_first(model):
         for block in tower.resblocks:
             block.attn.batch_first = False
 
-
+# %% ../nbs/07_vlm.ipynb #f715a2df
 class Clip:
     "A frozen CLIP: pixels and prompts in, embeddings out"
 
@@ -123,7 +123,7 @@ def weights_of(
         raise AevlpError(f"'{pretrained}' of {name} is not on this machine, and nothing may be fetched here.")
     return dict(pretrained=pretrained, force_quick_gelu=known.get("quick_gelu", False))
 
-
+# %% ../nbs/07_vlm.ipynb #00eef43f
 def load_clip(
     name: str,  # open_clip's name of the architecture, as 'ViT-B-16'
     pretrained=None,  # open_clip's tag as 'openai', a local file, 'none' = random weights; None = what ships for `name`
@@ -144,6 +144,8 @@ def load_clip(
 
 # %% ../nbs/07_vlm.ipynb #ec9b613a
 TOKEN_RULES = ("sclip", "maskclip", "plain")
+
+
 _attend = nn.functional.scaled_dot_product_attention
 
 
@@ -181,7 +183,7 @@ def _vit_tokens(tower, pixels, rule):
     x = tower.ln_post(x) @ tower.proj
     return x[:, 0], x[:, 1:].unflatten(1, grid)
 
-
+# %% ../nbs/07_vlm.ipynb #68c3d2cc
 def _resnet_tokens(tower, pixels, rule):
     x, pool = tower.stem(pixels), tower.attnpool
     for layer in (tower.layer1, tower.layer2, tower.layer3, tower.layer4):
@@ -267,7 +269,7 @@ def label_graph(
     others = (1 - self_weight) * cosines / total.clamp(min=1e-12)
     return others + torch.diag(1 - others.sum(1))
 
-
+# %% ../nbs/07_vlm.ipynb #7c4ce2a3
 class GraphNoise(nn.Module):
     "G of section 5.1: H_{l+1} = LeakyReLU(A* H_l W_l), frozen, uniform weights from a seed of its own"
 
