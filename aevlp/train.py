@@ -22,8 +22,6 @@ import numpy as np
 import pandas as pd
 import torch
 from accelerate import Accelerator
-
-# %% ../nbs/18_train.ipynb #9a33af88
 from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import broadcast
@@ -36,8 +34,6 @@ from timm.utils import ModelEmaV3
 import aevlp
 from . import outcome
 from .checkpoints import load_checkpoint, save_checkpoint
-
-# %% ../nbs/18_train.ipynb #d39099b8
 from aevlp.data import (
     AevlpError,
     LabelledImages,
@@ -65,8 +61,6 @@ from aevlp.metrics import (
     map_interval,
     single_positive,
 )
-
-# %% ../nbs/18_train.ipynb #c3325bf6
 from .models import FROZEN, build_model, described_model, logits_of, offline
 from .recipes import Recipe, from_settings, should_stop
 from .scorers import Scorer, beside_clip, build_scorer
