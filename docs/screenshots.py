@@ -1,6 +1,6 @@
-"""Makes figures/screenshots anew, in a real Chromium, from the embedded benchmark; two minutes.
+"""Makes figures/screenshots anew, in a real Chromium, from the embedded benchmark; five minutes.
 
-python docs/screenshots.py [--out DIR]
+python docs/screenshots.py [--run DIR] [--out DIR]
 """
 
 import argparse
@@ -15,10 +15,12 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 from browser import chromium, opened, served  # noqa: E402
 
+from aevlp.runner import train  # noqa: E402
 from aevlp.state import open_state  # noqa: E402
 
 SIZES = {"": (1366, 768), "-1920": (1920, 1080), "-390": (390, 844)}
 TABS = {"find": 1, "classes": 2, "matrix": 3, "map": 4, "errors": 5}
+MODEL_HEIGHT = 970  # down to the curves
 
 
 def kept(page, path):
@@ -46,6 +48,15 @@ def explorer(browser, address, out, theme):
     page.close()
 
 
+def model(browser, address, out, theme):
+    """The tab Model of a run, by day, as long as it is."""
+    if theme == "light":
+        page = opened(browser, address, height=MODEL_HEIGHT, theme=theme, judged=True)
+        page.locator(".aevlp-explore .lm-TabBar-tab").nth(6).click()
+        kept(page, out / "explore-model.png")
+        page.close()
+
+
 def reviewer(browser, address, out, theme):
     """The review in one theme."""
     dark = "-dark" if theme == "dark" else ""
@@ -58,15 +69,21 @@ def reviewer(browser, address, out, theme):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, help="a run for the tab Model; default: AEVLP, trained for three epochs")
     parser.add_argument("--out", type=Path, default=ROOT / "figures/screenshots")
-    out = parser.parse_args().out
+    args = parser.parse_args()
     open_state("glyphs").table()  # so that no page has to wait for it
     with tempfile.TemporaryDirectory() as folder, chromium() as browser:
-        review = f"from aevlp.review import review\nreview('glyphs', out='{folder}/reviewed.csv', split='val')"
-        for shoot, code in ((explorer, "from aevlp.explore import explore\nexplore('glyphs')"), (reviewer, review)):
+        run = args.run or train(dataset="glyphs", method="aevlp", overrides={"epochs": 3}, runs=folder)
+        pages = {
+            model: f"from aevlp.explore import explore\nexplore(run={str(run.resolve())!r})",
+            reviewer: f"from aevlp.review import review\nreview('glyphs', out='{folder}/reviewed.csv', split='val')",
+            explorer: "from aevlp.explore import explore\nexplore('glyphs')",
+        }
+        for shoot, code in pages.items():
             with served(code) as address:
                 for theme in ("light", "dark"):
-                    shoot(browser, address, out, theme)
+                    shoot(browser, address, args.out, theme)
 
 
 if __name__ == "__main__":
