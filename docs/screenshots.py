@@ -44,7 +44,11 @@ def explorer(browser, address, out, theme):
     for name, n in TABS.items() if not dark else [("find", 1)]:
         page.set_viewport_size({"width": 1366, "height": 768})
         page.locator(".aevlp-explore .lm-TabBar-tab").nth(n).click()
+        if name == "find":
+            page.locator("select", has_text="false negative").first.select_option("false negative")
         kept(page, out / f"explore-{name}{dark}.png")
+        if name == "find":
+            page.get_by_role("button", name="Clear").click()
     page.close()
 
 
