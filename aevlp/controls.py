@@ -81,11 +81,24 @@ def sliders(
     return {name: made(name, *kinds[name]) for name in SLIDERS}
 
 # %% ../nbs/40_controls.ipynb #bb79ffae
-def button(text, tip, icon="", width="auto"):
+def button(
+    text,  # on it
+    tip,  # shown while the pointer rests on it
+    icon="",  # name of Font Awesome's
+    width="auto",  # CSS
+) -> widgets.Button:
+    "A button of the explorer."
     return widgets.Button(description=text, tooltip=tip, icon=icon, layout={"width": width})
 
 
-def menu(options, text, tip, width, **kw):
+def menu(
+    options,  # of ipywidgets' Dropdown
+    text,  # before it
+    tip,  # shown while the pointer rests on it
+    width,  # CSS
+    **kw,  # of ipywidgets' Dropdown, as `value`
+) -> widgets.Dropdown:
+    "A menu of the explorer."
     return widgets.Dropdown(
         options=options,
         description=text,
@@ -275,11 +288,16 @@ def _make_export(self: Controls):
     self.save_list = button("Save list", "write the images shown, with all columns, as CSV", "list")
 
 # %% ../nbs/40_controls.ipynb #f7779bb6
-def row(*kids):
+def row(*kids: widgets.Widget) -> widgets.HBox:
+    "Widgets side by side, in a new line where a page is narrow."
     return widgets.HBox(kids).add_class("row")
 
 
-def box(kind, *kids):
+def box(
+    kind,  # CSS class
+    *kids: widgets.Widget,
+) -> widgets.VBox:
+    "Widgets below each other."
     return widgets.VBox(kids).add_class(kind)
 
 

@@ -148,7 +148,7 @@ _REVIEW_CSS = """<style>
 .aevlp-switches button:hover { border-color: #56B4E9 }
 .aevlp-switches i { font-style: normal; width: 1em }
 .aevlp-switches b { flex: 1; font-weight: 500; overflow: hidden; text-overflow: ellipsis; white-space: nowrap }
-.aevlp-switches [aria-pressed=true] kbd { color: #222 }
+.aevlp-switches [aria-pressed=true] kbd { color: #222; background: #eee }
 .aevlp-review .review-actions { flex-flow: row wrap; gap: 4px; overflow: visible; margin: 4px 0 }
 .aevlp-review .review-top { gap: 10px; overflow: visible; align-items: center; width: 100%; max-width: 1500px }
 .aevlp-review table { max-width: 860px }
