@@ -367,7 +367,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'aevlp.frozen.Whole': ('frozen.html#whole', 'aevlp/frozen.py'),
                               'aevlp.frozen.Whole.__init__': ('frozen.html#whole.__init__', 'aevlp/frozen.py'),
                               'aevlp.frozen.Whole.forward': ('frozen.html#whole.forward', 'aevlp/frozen.py'),
-                              'aevlp.frozen._finite': ('frozen.html#_finite', 'aevlp/frozen.py'),
+                              'aevlp.frozen._half': ('frozen.html#_half', 'aevlp/frozen.py'),
                               'aevlp.frozen._held': ('frozen.html#_held', 'aevlp/frozen.py'),
                               'aevlp.frozen._ids': ('frozen.html#_ids', 'aevlp/frozen.py'),
                               'aevlp.frozen._names': ('frozen.html#_names', 'aevlp/frozen.py'),

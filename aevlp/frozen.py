@@ -168,10 +168,12 @@ def read_features(
     return rows, own
 
 
-def _finite(part, path):
-    if not np.isfinite(part).all():
+def _half(rows, path):  # (n, K) or (n, V, K) numbers -> (n, V, K) float16
+    with np.errstate(over="ignore"):
+        half = np.asarray(rows, np.float32).astype(np.float16)
+    if not np.isfinite(half).all():
         raise AevlpError(f"{path}: holds numbers that are not finite, or above 65,504; scale them first.")
-    return part
+    return half if half.ndim == 3 else half[:, None]
 
 
 def _needed(data):
@@ -229,19 +231,15 @@ def import_features(
     views, width = (1, rows.shape[1]) if rows.ndim == 2 else rows.shape[1:]
 
     def parts():
-        return (
-            np.asarray(rows[part], np.float32).reshape(len(part), views, width).astype(np.float16)
-            for part in np.array_split(order, len(order) // 1024 + 1)
-        )
+        return (_half(rows[part], path) for part in np.array_split(order, len(order) // 1024 + 1))
 
-    with np.errstate(over="ignore"):
-        for part in parts():
-            digest.update(_finite(part, path).tobytes())
-        key = dict(clip=path.name, split="all", features=digest.hexdigest()[:16], pictures=_of(data))
-        bank, at = Bank.open(root, key, needed, views, width), 0
-        for part in parts():
-            bank.put(0, needed[at : at + len(part)], torch.from_numpy(part))
-            at += len(part)
+    for part in parts():
+        digest.update(part.tobytes())
+    key = dict(clip=path.name, split="all", features=digest.hexdigest()[:16], pictures=_of(data))
+    bank, at = Bank.open(root, key, needed, views, width), 0
+    for part in parts():
+        bank.put(0, needed[at : at + len(part)], torch.from_numpy(part))
+        at += len(part)
     return bank
 
 # %% ../nbs/14_frozen.ipynb #ef95ccdc
@@ -251,9 +249,7 @@ def head_rows(
 ):  # -> (n, width) float16, (n,) ids
     "Features of new pictures as a head reads them"
     rows, ids = read_features(file)
-    with np.errstate(over="ignore"):
-        part = _finite(np.asarray(rows, np.float32).astype(np.float16), file)
-    read = pooled(torch.from_numpy(part if part.ndim == 3 else part[:, None]))
+    read = pooled(torch.from_numpy(_half(rows, file)))
     if read.shape[1] != width:
         raise AevlpError(
             f"{file}: a row of {tuple(rows.shape[1:])} makes {read.shape[1]} numbers, and this head reads {width}; "

@@ -200,8 +200,8 @@ def among_runs(
             probs, given, truth = (kept[f"val_{key}"] for key in ("probs", "observed", "targets"))
         draws = draws or review_draws(len(probs))
         said.append(dict(seed=row.seed, test_map=row.test_map) | rule_scores(probs, given, truth, draws))
-        past = pd.read_csv(Path(row.folder) / "history.csv") if (Path(row.folder) / "history.csv").is_file() else []
-        if len(past) > 1:
+        log = Path(row.folder) / "history.csv"
+        if log.is_file() and len(past := pd.read_csv(log)) > 1:  # what needs no training has no epochs
             lost = past.val_map.max() - past.val_map[past.val_auc_observed.idxmax()]
             place = dict(scope="epoch of a run", observation="uniform", seed=row.seed, method=row.label)
             parts.append(pd.DataFrame([dict(**place, rule="AUC", regret=lost)]))

@@ -85,9 +85,7 @@ def load_spec(
     for named in spec.get("methods") or []:
         if not isinstance(named, str):
             raise AevlpError(f"{where}: methods should be names, not {reprlib.repr(named)}")
-    for name, given in (spec.get("per_dataset") or {}).items():
-        if not isinstance(given, dict):
-            raise AevlpError(f"{where}, per_dataset: {name} should have keys with values, not {reprlib.repr(given)}")
+    _known_keys(f"{where}, per_dataset", spec.get("per_dataset") or {}, dict.fromkeys(datasets.names(), dict))
     for row in spec.get("rows") or []:
         _known_keys(f"{where}, rows", row, _ROW)
         if not isinstance(row.get("method"), str):
@@ -167,17 +165,17 @@ def expand(
     dataset = dataset or (datasets.resolve(None, root, csv) if root or csv else None)
     seeds = spec["seeds"] if seeds is None else seeds
     lines = spec.get("rows") or [{"method": m} for m in spec["methods"]]
-    grids = [(spec.get("overrides") or {}) | (row.get("overrides") or {}) for row in lines]
-    shared, own = _shared(grids), spec.get("per_dataset") or {}
     for where in [dataset] if dataset else spec["datasets"]:
         place = _place(spec, where, root, csv, separator, reviewed)
+        name = place["dataset"]
+        common = (spec.get("overrides") or {}) | ((spec.get("per_dataset") or {}).get(name) or {})
+        grids = [common | (row.get("overrides") or {}) for row in lines]
+        shared = _shared(grids)
         for row, grid in zip(lines, grids, strict=True):
-            name, only = place["dataset"], row.get("only") or [place["dataset"]]
-            if name not in only or name in (row.get("without") or []):
+            if name not in (row.get("only") or [name]) or name in (row.get("without") or []):
                 continue
-            fixed = {k: v for k, v in own.get(name, {}).items() if k not in (row.get("overrides") or {})}
-            for values in _grid(spec["name"], grid | fixed, seeds):
-                planned += _planned(row, values, shared | set(fixed), place, seeds, overrides)
+            for values in _grid(spec["name"], grid, seeds):
+                planned += _planned(row, values, shared, place, seeds, overrides)
     if not planned:
         raise AevlpError(f"sweep {spec['name']} holds no run for these data sets")
     return pd.DataFrame(planned).drop_duplicates(["label", "run"], ignore_index=True)

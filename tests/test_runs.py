@@ -206,8 +206,10 @@ def test_settings_of_one_data_set_are_its_own():
     )
     row = dict(label="long", method="an", overrides=dict(epochs=7))
     assert sweeps.expand(dict(rows=[row]) | dict(per_dataset=spec["per_dataset"])).params[0]["overrides"]["epochs"] == 7
-    with pytest.raises(AevlpError, match="per_dataset: glyphs should have keys with values, not 5"):
+    with pytest.raises(AevlpError, match="per_dataset: glyphs should be keys with values, not 5"):
         sweeps.expand(dict(methods=["an"], per_dataset=dict(glyphs=5)))
+    with pytest.raises(AevlpError, match="per_dataset: unknown key 'glyph'; the nearest is 'glyphs'"):
+        sweeps.expand(dict(methods=["an"], per_dataset=dict(glyph=dict(epochs=5))))
 
 
 def test_the_paper_s_numbers_stand_beside_ours(tmp_path, monkeypatch):
