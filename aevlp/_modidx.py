@@ -773,6 +773,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'aevlp.report.worst': ('report.html#worst', 'aevlp/report.py')},
             'aevlp.results': { 'aevlp.results._asked': ('results.html#_asked', 'aevlp/results.py'),
                                'aevlp.results._best_of_three': ('results.html#_best_of_three', 'aevlp/results.py'),
+                               'aevlp.results._changes': ('results.html#_changes', 'aevlp/results.py'),
                                'aevlp.results._differences': ('results.html#_differences', 'aevlp/results.py'),
                                'aevlp.results._failed': ('results.html#_failed', 'aevlp/results.py'),
                                'aevlp.results._figures': ('results.html#_figures', 'aevlp/results.py'),

@@ -13,6 +13,7 @@ import html
 import re
 import time
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from urllib.parse import quote
 
@@ -20,7 +21,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from . import board, outcome, plots, runner, runs, sweeps
+from . import board, outcome, plots, recipes, runner, runs, sweeps
 from .data import AevlpError, _checkout, write_text
 from .metrics import ASSUMPTION, MEASURES
 
@@ -137,8 +138,18 @@ PUBLISHED = (
 )
 
 
-def _asked(row) -> tuple:  # of text
-    return tuple("" if pd.isna(row.get(k)) else str(row[k]) for k in (*ASKED, *SETTLED))
+@cache
+def _changes(overrides, dataset, method, fidelity) -> str:
+    "What overrides change: one that says what the recipe says anyway asks for nothing."
+    usual = recipes.recipe(dataset, method, fidelity)
+    asked = recipes.parse_overrides(overrides.split())
+    return " ".join(f"{k}={v}" for k, v in sorted(asked.items()) if getattr(usual, k) != v)
+
+
+def _asked(row, dataset) -> tuple:  # of text
+    said = {k: "" if pd.isna(row.get(k)) else str(row[k]) for k in (*ASKED, *SETTLED)}
+    said["overrides"] = _changes(said["overrides"], dataset, said["method"], said["fidelity"])
+    return tuple(said.values())
 
 # %% ../nbs/30_results.ipynb #43cf2f24
 def _with_published(table, params, dataset) -> pd.DataFrame:
@@ -146,7 +157,7 @@ def _with_published(table, params, dataset) -> pd.DataFrame:
     path = figures_root() / "reference" / dataset / "results.csv"
     if table.run.notna().all() or not path.is_file():
         return table.assign(published=False)
-    known = {_asked(row): row for row in pd.read_csv(path).to_dict("records")}
+    known = {_asked(row, dataset): row for row in pd.read_csv(path).to_dict("records")}
     numbers = list(PUBLISHED[1 + len(ASKED) :])
     table = table.reindex(columns=[*table, *(c for c in numbers if c not in table)]).astype(
         {c: object for c in numbers}
@@ -155,7 +166,8 @@ def _with_published(table, params, dataset) -> pd.DataFrame:
     for i, (run, given) in enumerate(zip(table.run, params, strict=True)):
         if pd.notna(run):
             continue
-        if row := known.get(_asked({**given, **given["recipe"], "overrides": board.overrides_text(given)})):
+        asked = {**given, **given["recipe"], "overrides": board.overrides_text(given)}
+        if row := known.get(_asked(asked, dataset)):
             taken[i] = True
             for c in numbers:
                 table.loc[table.index[i], c] = row[c]
@@ -174,7 +186,7 @@ def publish(
     made = made[made.run.notna()].drop_duplicates("key").reindex(columns=PUBLISHED)
     if path.is_file():
         made = pd.concat([made, pd.read_csv(path)], ignore_index=True)
-        made = made[~made.apply(_asked, axis=1).duplicated()]
+        made = made[~made.apply(_asked, axis=1, dataset=dataset).duplicated()]
     made = made.sort_values([*ASKED], kind="stable", na_position="first")
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, made.to_csv(index=False, float_format="%.6g"))

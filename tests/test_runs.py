@@ -271,6 +271,10 @@ def test_published_results_stand_in_for_the_same_settings_only(tmp_path, monkeyp
     assert "published" in results.missing(table, spec, "glyphs")
     other = results.rows(spec | {"overrides": {"epochs": 3}}, "glyphs", folder=tmp_path / "none")
     assert not other.published.any() and other.get("test_map", other.seed * float("nan")).isna().all()
+    usual = dict(negative_ratio=0.2)  # what the recipe says anyway
+    same = results.rows(spec | {"overrides": usual}, "glyphs", folder=tmp_path / "none")
+    assert same.published.all() and same.test_map.tolist() == [60.0, 61.0]
+    assert results.rows(spec | {"overrides": dict(negative_ratio=0.3)}, "glyphs").published.sum() == 0
 
 
 @settings(max_examples=40, deadline=None)
