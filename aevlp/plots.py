@@ -175,7 +175,8 @@ def _probability_panel(ax, probs, targets, bins, log):
             baseline=1e-3 if log else 0,
         )
         if len(group):
-            ax.axvline(np.median(group), color=colour, linestyle=(0, (4, 2)), linewidth=1.6)
+            dashes = dict(linestyle=(0, (4, 2)), linewidth=1.6, label=f"median of {name}")
+            ax.axvline(np.median(group), color=colour, **dashes)
     if log:
         ax.set_yscale("log")
         ax.set_ylim(0.1, 130)

@@ -8,6 +8,7 @@ import pytest
 from test_browser import browser  # noqa: F401  a fixture
 
 ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.xdist_group("site")  # one worker: two would build into one folder
 
 
 @pytest.fixture(scope="module")
