@@ -21,7 +21,7 @@ demo: $(READY)   ## the whole method on the embedded benchmark: pictures in figu
 	$(BIN)/aevlp demo --seeds $(SEEDS)
 
 test: $(READY)   ## every notebook and every test
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow"
+	$(BIN)/python -m pytest -n 2 -m "not slow"
 
 digits: $(READY) ## the expected digits of the embedded benchmark, for 1, 2 and 4 threads
 	$(BIN)/python -m pytest tests/test_digits.py

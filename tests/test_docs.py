@@ -5,18 +5,23 @@ import sys
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from test_browser import browser  # noqa: F401  a fixture
 
 ROOT = Path(__file__).parents[1]
-pytestmark = pytest.mark.xdist_group("site")  # one worker: two would build into one folder
 
 
 @pytest.fixture(scope="module")
-def html():
-    """The folder of the built site."""
+def html(tmp_path_factory, worker_id):
+    """The folder of the built site; of several workers one builds it, for there is one folder."""
     build = [sys.executable, "docs/build.py", "site", "--strict"]
-    done = subprocess.run(build, cwd=ROOT, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    here = tmp_path_factory.getbasetemp()
+    built = (here if worker_id == "master" else here.parent) / "site built"
+    with FileLock(f"{built}.lock"):
+        if not built.exists():
+            done = subprocess.run(build, cwd=ROOT, capture_output=True, text=True, timeout=900)
+            assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+            built.touch()
     return ROOT / "docs/_build/html"
 
 
