@@ -76,6 +76,7 @@ def main():
     parser.add_argument("--run", type=Path, help="a run for the tab Model; default: AEVLP, trained for three epochs")
     parser.add_argument("--out", type=Path, default=ROOT / "figures/screenshots")
     args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
     open_state("glyphs").table()  # so that no page has to wait for it
     with tempfile.TemporaryDirectory() as folder, chromium() as browser:
         run = args.run or train(dataset="glyphs", method="aevlp", overrides={"epochs": 3}, runs=folder)
