@@ -202,6 +202,7 @@ TUTORIALS = (
     "tour",
     "explore",
     "review",
+    "screens",
     "look_at_100",
     "reproduce",
     "cluster",
