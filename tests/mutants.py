@@ -3,8 +3,10 @@
 python tests/mutants.py damp losses            every mutant of two modules
 python tests/mutants.py train --sample 60      60 of them, drawn with --seed
 python tests/mutants.py views --match _boxes   those whose name holds a text
+python tests/mutants.py views --again          those that nothing noticed in the last run of the whole module
 
 A mutant that no test notices is an error, unless tests/equivalent_mutants.toml says why nobody could.
+Counts of a module that was tried whole go to benchmarks/mutants.json, with the names of those that nothing noticed.
 It runs in a copy of the checkout and in a fork of a process that has imported torch and the rest already.
 """
 
@@ -27,7 +29,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 EQUIVALENT = ROOT / "tests/equivalent_mutants.toml"
-MODULES = ("damp", "losses", "metrics", "views", "labelers", "methods", "bank", "data", "train")
+COUNTS = ROOT / "benchmarks/mutants.json"
+MODULES = ("damp", "losses", "metrics", "views", "labelers", "methods", "bank", "checkpoints", "data", "train")
 COPIED = ("aevlp", "tests", "benchmarks", "pyproject.toml", "settings.ini")
 LINKED = ("data", "nbs", "docs", "figures")
 OTHER = {
@@ -165,6 +168,11 @@ def run(module, args, copy):
     if gone := [name for name in known if name not in every]:
         raise SystemExit(f"{EQUIVALENT.name}: no mutant of {module} is called {gone[0]!r}")
     names = [name for name in every if name not in known and args.match in name]
+    if args.again:
+        earlier = counts().get(module, {"unnoticed": (), "mutants": None})
+        if earlier["mutants"] != len(every) or not set(earlier["unnoticed"]) <= set(every):
+            raise SystemExit(f"{module} has other mutants than those of {COUNTS.name}: it has to be tried whole first")
+        names = [name for name in names if name in earlier["unnoticed"]]
     if args.sample and args.sample < len(names):
         names = sorted(random.Random(args.seed).sample(names, args.sample), key=list(every).index)
     outcome, seconds, said = tested(copy, module)
@@ -181,9 +189,24 @@ def run(module, args, copy):
         if outcome != "killed":
             print(f"{outcome}: [{module}] {name}", flush=True)
     path.write_text(source)
-    counts = ", ".join(f"{len(names)} {outcome}" for outcome, names in found.items())
-    print(f"{module}: {len(every)} mutants, {len(names)} tried: {counts}", flush=True)
+    said = ", ".join(f"{len(names)} {outcome}" for outcome, names in found.items())
+    print(f"{module}: {len(every)} mutants, {len(names)} tried: {said}", flush=True)
+    if not (args.sample or args.match):
+        keep(module, every, known, found["survived"])
     return found
+
+
+def counts():
+    """{module: what is known of its mutants}"""
+    return json.loads(COUNTS.read_text()) if COUNTS.exists() else {}
+
+
+def keep(module, every, known, unnoticed):
+    """Replace what is known of a module; one that never ends was noticed."""
+    noticed = len(every) - len(known) - len(unnoticed)
+    row = dict(mutants=len(every), noticed=noticed, equivalent=len(known), unnoticed=unnoticed)
+    rows = counts() | {module: row}
+    COUNTS.write_text(json.dumps({name: rows[name] for name in MODULES if name in rows}, indent=1) + "\n")
 
 
 def main():
@@ -192,6 +215,7 @@ def main():
     parser.add_argument("--sample", type=int, help="so many of each module")
     parser.add_argument("--seed", type=int, default=0, help="which")
     parser.add_argument("--match", default="", help="those whose name holds this text")
+    parser.add_argument("--again", action="store_true", help="those that nothing noticed in the last run")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
         copy = Path(folder).resolve()

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import open_clip
@@ -126,6 +127,10 @@ def test_none(build, batch):
     assert not build("none").labels(batch([1, 2]), 1).any()
 
 
+def test_only_large_losses_ask_for_logits(build):
+    assert [name for name in ("none", "damp", "random", "ll-ct") if build(name).needs_logits] == ["ll-ct"]
+
+
 def test_damp_changes_with_the_epoch_and_fixed_damp_does_not(build, batch):
     changes = dict(global_threshold=0.0, top_k=2, temperature=0.003)
     damp, fixed = build(**changes), build("fixed-damp", **changes)
@@ -236,28 +241,54 @@ def test_vlpl_reads_the_whole_image_once(build, batch):
     assert torch.equal(first, (probs > 0.2).to(torch.int8)) and first.any()
 
 
-def test_vlpl_s_threshold_is_the_recipe_s():
-    probs = torch.tensor([[0.5, 0.2, 0.3]])
-    made = recipe("glyphs", "vlpl", vlpl_temperature=1.0, vlpl_threshold=0.28)
-    labeler = VlplLabeler(lambda batch, epoch: probs.log()[:, None], torch.eye(3), made)
+def test_vlpl_s_threshold_is_the_recipe_s_and_not_enough_by_itself():
+    made, epochs = recipe("glyphs", "vlpl", vlpl_temperature=1.0, vlpl_threshold=0.28), []
     some = Batch(torch.tensor([0]), torch.tensor([0]), [], torch.zeros(1, 3, dtype=torch.int8))
-    assert labeler.labels(some, 1).tolist() == [[1, 0, 1]]
+
+    def labels(probs, made):
+        def eyes(batch, epoch):
+            epochs.append(epoch)
+            return probs.log()[:, None]
+
+        return VlplLabeler(eyes, torch.eye(probs.shape[1]), made).labels(some, 5).tolist()
+
+    assert labels(torch.tensor([[0.5, 0.2, 0.3]]), made) == [[1, 0, 1]]
+    quarters = torch.full((1, 4), 0.25)  # a softmax of equal numbers is exact
+    assert labels(quarters, replace(made, vlpl_threshold=0.25)) == [[0, 0, 0, 0]]
+    assert epochs == [1, 1]  # one picture, which a bank keeps once
+
+
+def test_vlpl_s_prompts_have_no_noise_and_its_bank_no_draws(build, data, clip_model):
+    labeler = build("vlpl", bank=True).labeler
+    sentences = [labeler.recipe.prompt.format(name) for name in data.class_names]
+    with torch.no_grad():
+        text = clip_model.model.encode_text(open_clip.tokenize(sentences))
+    torch.testing.assert_close(labeler.prototypes, text / text.norm(dim=1, keepdim=True))
+    key = json.loads((labeler.eyes.bank.folder / "manifest.json").read_text())["key"]
+    assert (key["views"], key["seed"], key["split"]) == ("global", 0, "train")
 
 
 # ---- chance
 
 
-def test_random_labels_are_unknown_classes_in_the_right_number():
+@pytest.mark.parametrize("mean", [1.3, 2.3])
+def test_random_labels_are_unknown_classes_in_the_right_number(mean):
     observed = torch.zeros(2000, 12, dtype=torch.int8)
     observed[:, 3], observed[:, 7] = 1, -1
     ids = torch.arange(2000)
-    labels = RandomLabeler(2.3, seed=0).labels(Batch(ids, ids, [], observed), 1)
+    labels = RandomLabeler(mean, seed=0).labels(Batch(ids, ids, [], observed), 1)
     assert not labels[:, [3, 7]].any() and (labels >= 0).all()
     counts = labels.sum(1)
-    assert set(counts.tolist()) == {2, 3} and abs(counts.float().mean() - 2.3) < 0.04
+    assert set(counts.tolist()) == {int(mean), int(mean) + 1} and abs(counts.float().mean() - mean) < 0.04
     per_class = labels.float().mean(0)[[0, 1, 2, 4, 5, 6, 8, 9, 10, 11]]
-    assert (per_class - 0.23).abs().max() < 0.04
-    assert not torch.equal(RandomLabeler(2.3, seed=1).labels(Batch(ids, ids, [], observed), 1), labels)
+    assert (per_class - mean / 10).abs().max() < 0.04
+    assert not torch.equal(RandomLabeler(mean, seed=1).labels(Batch(ids, ids, [], observed), 1), labels)
+
+
+def test_random_labels_are_of_seed_0_where_none_is_named(data, batch):
+    made, every = recipe("glyphs", "gpr+random", random_positives=2.0), batch(list(range(1, N)))
+    unnamed = build_labeler("random", data, made).labels(every, 1)
+    assert torch.equal(unnamed, RandomLabeler(2.0, seed=0).labels(every, 1)) and unnamed.any()
 
 
 def test_random_labels_never_run_out():
@@ -310,3 +341,15 @@ def test_fixed_asks_only_for_what_it_lacks():
         labels = fixed.labels(Batch(torch.tensor(ids), torch.tensor(ids), [], observed), epoch)
         assert labels[:, 0].tolist() == ids
     assert asked == [([0, 1], 1), ([2, 3], 1)]
+
+
+def test_fixed_keeps_the_labels_of_an_epoch_in_its_place():
+    class Epoch:
+        def labels(self, batch, epoch):
+            return torch.full((len(batch.ids), 2), epoch, dtype=torch.int8)
+
+    fixed, ids = Fixed(Epoch(), 3, 2, epochs=2), torch.tensor([2, 0])
+    fixed.labels(Batch(ids, ids, [], torch.zeros(2, 2, dtype=torch.int8)), 1)
+    state = fixed.state_dict()  # a run that is resumed reads it, with whatever release of aevlp
+    assert state["table"].tolist() == [[[1, 1], [0, 0], [1, 1]], [[0, 0]] * 3]
+    assert state["known"].tolist() == [[True, False, True], [False] * 3]
