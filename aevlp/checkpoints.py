@@ -60,7 +60,8 @@ def save_checkpoint(
     folder = Path(folder)
     temporary = folder / f".{name}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.unlink(missing_ok=True) if temporary.is_symlink() else None
+    if temporary.is_symlink():
+        temporary.unlink()
     temporary.mkdir(parents=True)
     with replacing(temporary / "state.pt") as file:
         torch.save(_packed(state), file)

@@ -186,7 +186,7 @@ class Gpr(Gr):
     def loss(self, output, batch, pseudo):
         r, logits = self.recipe, logits_of(output)
         lambdas = (r.lambda1, r.lambda2) if r.v4 == "clip" else (r.v4_constant,) * 2
-        whole = r.regulariser_over == "set" and r.eta > 0
+        whole = r.regulariser_over == "set"
         value = losses.gpr(
             logits,
             batch.observed,

@@ -119,6 +119,7 @@ def test_every_loss_is_finite_and_has_a_gradient(name):
     objective = make(name, observed, TRUTH)
     for epoch in (1, 2):
         objective.start_epoch(epoch, 3)
+        assert (objective.epoch, objective.epochs) == (epoch, 3)
         logits, pseudo = logits_like((4, C), epoch), nothing(4)
         pseudo[1, 0], pseudo[3, 2], pseudo[2, 1] = 1, 1, -1
         loss = objective.loss(output_of(name, logits), batch_of([0, 1, 2, 5], observed), pseudo)
@@ -208,6 +209,34 @@ def test_role_s_table_has_the_epsilon_too():
     expected = 0.5 * (-inside) + 0.5 * (-0.5 * inside + 0.5 * outside) + 0.5 * regular
     assert theta.grad.item() == pytest.approx(expected.item(), rel=1e-4)
     assert exact.grad.item() < 1.3 * theta.grad.item() < 0  # without it the slope is steeper
+
+
+def test_one_known_label_of_a_full_set_is_the_mean_and_none_is_nothing():
+    logits, truth = logits_like((2, C)), torch.full((N, C), -1)
+    assert make("full", truth=truth).loss(logits, batch_of([1, 4]), nothing(2)).item() == 0
+    truth[4, 2] = 1
+    loss = make("full", truth=truth).loss(logits, batch_of([1, 4]), nothing(2))
+    assert loss.item() == pytest.approx(math.log1p(math.exp(-logits[1, 2].item())), rel=1e-5)
+
+
+def test_an_objective_that_was_told_nothing_is_in_epoch_1_of_seed_0():
+    logits, pseudo = logits_like((4, C)).detach(), nothing(4)
+    corrections = make("ll-r", ll_delta=20.0).loss(logits, batch_of([0, 1, 2, 3]), pseudo)
+    torch.testing.assert_close(corrections, make("an").loss(logits, batch_of([0, 1, 2, 3]), pseudo))
+    made = recipe("glyphs", "role", expected_positives=2.0)
+    first = make("role", seed=0).theta
+    assert torch.equal(build_objective("role", made, N, C, OBSERVED).theta, first)
+    assert torch.equal(OBJECTIVES["role"](made, N, C, OBSERVED).theta, first)
+
+
+def test_nobody_is_asked_for_predictions_that_none_needs():
+    def predict():
+        raise AssertionError("a pass over the training split")
+
+    for name in OBJECTIVES:
+        objective = make(name, truth=TRUTH, apl_warmup=2, mime_warmup=2)
+        objective.start_epoch(1, 3)
+        objective.end_epoch(1, predict)
 
 
 # ---- hand-computed examples
@@ -334,13 +363,14 @@ def test_gpr_averages_the_regulariser_over_the_set():
     torch.testing.assert_close(gradient, 2.0 * 2 * excess / C * p * (1 - p) / 2, rtol=1e-4, atol=1e-6)
     batch = make("gpr", eta=2.0, expected_positives=1.0, regulariser_over="batch")
     batch.start_epoch(1, 3)
+    batch.loss(logits_like((2, C), 9), batch_of([5, 3]), nothing(2))  # of a batch before it nothing stays
     extra = batch.loss(logits, *args) - plain.loss(logits, *args)
     assert extra.item() == pytest.approx(2.0 * ((p.sum() / 2 - 1.0) / C).item() ** 2, rel=1e-4)
 
 
 def test_gpr_follows_the_schedule_and_the_ablation_of_v4():
     logits, pseudo = logits_like((2, C)).detach(), nothing(2)
-    pseudo[0, 1] = 1
+    pseudo[0, 1], pseudo[1, 3] = 1, -1
     values = {}
     for v4, epoch in product(("clip", "constant"), (1, 3)):
         objective = make("gpr", v4=v4, eta=0.0)
@@ -353,6 +383,10 @@ def test_gpr_follows_the_schedule_and_the_ablation_of_v4():
     rest = dict(q1=made.q1, q2=made.q2, q3=made.q3, eta=0.0, expected_positives=2.0, **now)
     constant = losses.gpr(logits, OBSERVED[:2], pseudo, lambda1=1.0, lambda2=1.0, **rest)
     torch.testing.assert_close(values["constant", 3], constant)
+    objective = make("gpr", lambda1=0.3, lambda2=0.7, eta=0.0)
+    objective.start_epoch(3, 3)
+    clip = losses.gpr(logits, OBSERVED[:2], pseudo, lambda1=0.3, lambda2=0.7, **rest)
+    torch.testing.assert_close(objective.loss(logits, batch_of([0, 1]), pseudo), clip)
 
 
 # ---- state survives
