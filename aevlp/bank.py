@@ -59,7 +59,7 @@ class Bank:
         manifest = json.loads(
             json.dumps(dict(key=key, images=len(ids), views=views, width=width), sort_keys=True, default=str)
         )
-        name = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()[:12]
+        name = hashlib.sha256(json.dumps(manifest).encode()).hexdigest()[:12]
         folder = (Path(root) if root else banks_root()) / name
         bank, path = cls(folder, ids, views, width), folder / "manifest.json"
         if path.exists():

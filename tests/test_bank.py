@@ -1,11 +1,13 @@
 """The bank of view embeddings: killed, damaged, full, shared; and labels from it."""
 
+import hashlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -64,7 +66,8 @@ def test_what_goes_in_comes_out(tmp_path):
     some = rng.permutation(IDS)[:9]
     assert torch.equal(bank.get(1, some), truth(some)) and bank.get(1, some).dtype == torch.float16
     assert torch.equal(open_bank(tmp_path).get(1, torch.from_numpy(some)), truth(some))
-    assert bank.get(2, some) is None
+    assert bank.get(2, some) is None and not list(bank.folder.glob("epoch_002*"))
+    assert (bank.folder / "epoch_001.done").read_bytes() == b"\1" * N
     assert (bank.folder / "epoch_001.f16").stat().st_size == bank.bytes == 2 * N * V * K
 
 
@@ -74,6 +77,50 @@ def test_the_key_decides(tmp_path, full):
         assert open_bank(tmp_path, **changes).folder != full.folder
     assert Bank.open(tmp_path, KEY, IDS, V, K + 1).folder != full.folder
     assert Bank.open(tmp_path, dict(reversed(KEY.items())), IDS, V, K).folder == full.folder
+    whole = dict(images=N, key=KEY, views=V, width=K)  # banks of earlier releases are found under this name
+    assert full.folder.name == hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def test_banks_are_at_home_where_no_folder_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("AEVLP_HOME", str(tmp_path / "not/there yet"))
+    bank = open_bank(None)
+    assert bank.folder.parent == tmp_path / "not/there yet/banks"
+    bank.put(1, IDS, truth())
+    assert banks().name.tolist() == [bank.folder.name] and verify(bank.folder.name).state.tolist() == ["complete"]
+    remove(bank.folder.name)
+    assert len(banks()) == 0
+
+
+def test_killed_before_its_manifest(tmp_path, full):
+    (full.folder / "manifest.json").unlink()
+    assert torch.equal(open_bank(tmp_path).get(1, IDS), truth())
+    assert json.loads((full.folder / "manifest.json").read_text())["key"] == KEY
+
+
+@pytest.mark.parametrize("epoch", [1, 123])
+def test_killed_before_its_seal(tmp_path, full, epoch):
+    full.put(epoch, IDS, truth())
+    full.put(7, IDS[:1], truth(IDS[:1]))
+    (full.folder / f"epoch_{epoch:03d}.json").unlink()
+    open_bank(tmp_path)
+    states = dict(verify(full.folder.name, tmp_path).itertuples(index=False))
+    assert states == {1: "complete", epoch: "complete", 7: "partial"}
+
+
+def test_what_is_marked_is_on_the_disk_and_what_is_sealed_is_marked(tmp_path, monkeypatch):
+    """A power cut may lose whatever nobody asked the system to put on the disk."""
+    bank, flush, seen = open_bank(tmp_path), np.memmap.flush, []
+    done, seal = bank.folder / "epoch_001.done", bank.folder / "epoch_001.json"
+
+    def flushed(self):
+        seen.append((Path(self.filename).suffix, sum(done.read_bytes()), seal.exists()))
+        flush(self)
+
+    monkeypatch.setattr(np.memmap, "flush", flushed)
+    bank.put(1, IDS[:9], truth(IDS[:9]))
+    bank.put(1, IDS[9:], truth(IDS[9:]))
+    assert [s for s in seen if s[0] == ".f16"] == [(".f16", 0, False), (".f16", 9, False)]
+    assert (".done", N, False) in seen and seal.exists()
 
 
 def test_the_size_is_announced_before_anything_large_is_written(tmp_path, capsys):
@@ -120,6 +167,22 @@ def test_two_processes_fill_it_together_while_a_third_reads(tmp_path):
     assert verify(bank.folder.name, tmp_path).state.tolist() == ["complete"]
 
 
+def refused(bank):
+    """By a process that had it open and by one that opens it now."""
+    for read in (lambda: bank.get(1, IDS[:1]), lambda: open_bank(bank.folder.parent).get(1, IDS[:1])):
+        with pytest.raises(AevlpError, match=f"aevlp bank rm {bank.folder.name}"):
+            read()
+
+
+@pytest.mark.parametrize("what", ["shorter", "marks"])
+def test_damage_of_half_an_epoch_is_found(tmp_path, what):
+    bank = open_bank(tmp_path)
+    bank.put(1, IDS[:3], truth(IDS[:3]))
+    bank.close()
+    os.truncate(bank.folder / ("epoch_001.f16" if what == "shorter" else "epoch_001.done"), N - 1)
+    refused(bank)
+
+
 @pytest.mark.parametrize("what", ["byte", "shorter", "gone", "marks"])
 def test_damage_is_found(tmp_path, full, what):
     rows, done = full.folder / "epoch_001.f16", full.folder / "epoch_001.done"
@@ -136,8 +199,7 @@ def test_damage_is_found(tmp_path, full, what):
         rows.unlink()
     else:
         os.truncate(done, N - 1)
-    with pytest.raises(AevlpError, match=f"aevlp bank rm {full.folder.name}"):
-        open_bank(tmp_path).get(1, IDS)
+    refused(full)
 
 
 def test_a_broken_manifest_is_named(tmp_path, full):
@@ -156,6 +218,10 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path, full, monkeypa
         full.put(2, IDS[:1], truth(IDS[:1]))
     monkeypatch.undo()
     assert sorted(p.name for p in full.folder.glob("epoch_002*")) == []
+    monkeypatch.setattr(module, "fresh", no_room)  # not even a name
+    with pytest.raises(AevlpError, match="No room .*aevlp bank ls.*without a bank"):
+        full.put(2, IDS[:1], truth(IDS[:1]))
+    monkeypatch.undo()
     full.put(2, IDS[:1], truth(IDS[:1]))
     assert torch.equal(full.get(2, IDS[:1]), truth(IDS[:1]))
 
@@ -199,6 +265,14 @@ def test_ls_and_rm(tmp_path, full):
     assert "MB" in remove(full.folder.name, tmp_path)
     assert len(banks(tmp_path)) == 0 and not full.folder.exists()
     assert len(banks(tmp_path / "never")) == 0
+
+
+def test_megabytes_are_millions_of_bytes_on_the_disk(tmp_path):
+    bank = Bank.open(tmp_path, KEY, range(7900), V, K)
+    bank.put(3, [5], truth([5]))
+    size = sum(path.stat().st_size for path in bank.folder.glob("*.f16"))
+    (row,) = banks(tmp_path).to_dict("records")
+    assert size == 2 * 7900 * V * K and row["megabytes"] == 1.3 == round(size / 10**6, 1)
 
 
 def test_manifest_says_what_it_is(full):
