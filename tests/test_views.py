@@ -186,6 +186,7 @@ def reference(op, view, strength):
 def test_augmentations_are_torchvisions(op):
     smooth = torch.nn.functional.interpolate(torch.rand(5, 3, 6, 6, generator=torch.Generator().manual_seed(op)), 48)
     x = (smooth * 80 + 80).round()  # far from both ends, where one clamp and several differ
+    x[1, 2] = 100  # nothing to spread in this channel
     strength = torch.tensor([-1.0, -0.5, 0.0, 0.3, 0.999])
     made = views._OPS[op](x.clone(), strength)
     alone = torch.cat([views._OPS[op](x[i : i + 1].clone(), strength[i : i + 1]) for i in range(5)])
