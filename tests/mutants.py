@@ -1,4 +1,4 @@
-"""Mutation testing: one small change to a module at a time, each of which its own test file has to notice.
+"""Mutation testing: one small change to a module at a time, each of which its own tests have to notice.
 
 python tests/mutants.py damp losses            every mutant of two modules
 python tests/mutants.py train --sample 60      60 of them, drawn with --seed
@@ -31,6 +31,7 @@ ROOT = Path(__file__).parents[1]
 EQUIVALENT = ROOT / "tests/equivalent_mutants.toml"
 COUNTS = ROOT / "benchmarks/mutants.json"
 MODULES = ("damp", "losses", "metrics", "views", "labelers", "methods", "bank", "checkpoints", "data", "train")
+TESTS = {"data": ("data", "hostile_data")}  # where its own test file is not all of them
 COPIED = ("aevlp", "tests", "benchmarks", "pyproject.toml", "settings.ini")
 LINKED = ("data", "nbs", "docs", "figures")
 OTHER = {
@@ -141,7 +142,8 @@ def tested(copy, module, took=(), limit=1800.0):
         os.dup2(out, 1), os.dup2(out, 2)
         order = Ordered(dict(took))
         options = ["-x", "-q", "-m", "not slow", "-p", "no:cacheprovider", "--hypothesis-seed=0"]
-        code = pytest.main([*options, f"--basetemp={copy / 'tmp'}", str(copy / f"tests/test_{module}.py")], [order])
+        files = [str(copy / f"tests/test_{name}.py") for name in TESTS.get(module, (module,))]
+        code = pytest.main([*options, f"--basetemp={copy / 'tmp'}", *files], [order])
         ready = [
             name
             for name, m in sys.modules.items()
@@ -177,7 +179,7 @@ def run(module, args, copy):
         names = sorted(random.Random(args.seed).sample(names, args.sample), key=list(every).index)
     outcome, seconds, said = tested(copy, module)
     if outcome != "survived":
-        raise SystemExit(f"test_{module}.py fails without any change: {(copy / 'out.txt').read_text()[-2000:]}")
+        raise SystemExit(f"the tests of {module} fail without any change: {(copy / 'out.txt').read_text()[-2000:]}")
     for name in said["modules"]:
         with contextlib.suppress(Exception):  # a saving alone: the tests import what they need
             importlib.import_module(name)
