@@ -131,6 +131,10 @@ def test_memory_of_earlier_batches_is_used_again_and_not_hoarded():
     for n in range(10):
         views._fresh(n + 1, 2)
         assert len(views._spare) <= 4
+    views._spare.clear()
+    for n in range(4):  # of a run: views and inputs, of whole batches and of the last one
+        views._fresh(n + 1, 2)
+    assert set(views._spare) == {(n + 1, 2) for n in range(4)}
 
 
 def test_switches():
@@ -187,6 +191,7 @@ def test_augmentations_are_torchvisions(op):
     smooth = torch.nn.functional.interpolate(torch.rand(5, 3, 6, 6, generator=torch.Generator().manual_seed(op)), 48)
     x = (smooth * 80 + 80).round()  # far from both ends, where one clamp and several differ
     x[1, 2] = 100  # nothing to spread in this channel
+    x[2, 0] = 100 + torch.eye(48)  # and in this one a single grey level
     strength = torch.tensor([-1.0, -0.5, 0.0, 0.3, 0.999])
     made = views._OPS[op](x.clone(), strength)
     alone = torch.cat([views._OPS[op](x[i : i + 1].clone(), strength[i : i + 1]) for i in range(5)])
