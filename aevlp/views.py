@@ -232,7 +232,7 @@ def _products(images, boxes, flip, size, device):  # -> (B, V, 3, size, size), 0
     columns = torch.where(flip.to(device)[..., None, None], columns.flip(-2), columns)
     rows = rows.flatten(1, 2) @ padded.flatten(2)  # (B, V size, 3 W)
     pixels = rows.view(*flip.shape, size * 3, width) @ columns.transpose(-1, -2)  # (B, V, size 3, size)
-    return pixels.view(*flip.shape, size, 3, size).transpose(-2, -3).float().round_().clamp_(0, 255)
+    return pixels.view(*flip.shape, size, 3, size).transpose(-2, -3).float().round_()
 
 
 def _on_device(images, plan, size, mean, std, device):  # -> (B, V, 3, size, size)

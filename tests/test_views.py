@@ -155,6 +155,7 @@ def test_views_are_pillows(images, size):
     plan = view_plan(range(len(images)), SIZES, settings, seed=0, epoch=1)
     made = make_views(images, plan, settings)
     assert made.shape == (len(images), 10, 3, size, size) and made.dtype == torch.float32
+    assert made.flatten(0, 1).is_contiguous(memory_format=torch.channels_last)  # which a CPU's convolutions read
     products = views._products(images, plan.boxes, plan.flip, size, "cpu")  # what a GPU computes
     for b, image in enumerate(images):
         for v, box in enumerate(plan.boxes[b].tolist()):
@@ -254,14 +255,34 @@ def test_decoded_pictures_need_not_be_contiguous(images):
     torch.testing.assert_close(make_views(interleaved, plan, settings), make_views(images[:2], plan, settings))
 
 
-def test_memory_of_the_matrix_products_is_bounded(images, monkeypatch):
-    parts = []
-    settings = ViewSettings(grid=4, size=224, augment="flip")
-    many = [torch.zeros(3, 1500, 2000, dtype=torch.uint8)] * 15
-    plan = view_plan(range(15), [(1500, 2000)] * 15, settings, 0, 1)
+def test_products_are_a_resize_in_exact_numbers():
+    scene = np.random.default_rng(1).integers(0, 256, (3, 90, 120), dtype=np.uint8)
+    scene[:, :30], scene[:, 60:] = 0, 255  # bands of black and of white
+    boxes, flip = (
+        torch.tensor([[[0, 0, 120, 90], [17, 5, 100, 80], [3, 40, 20, 90]]]),
+        torch.tensor([[False, True, False]]),
+    )
+    made = views._products([torch.from_numpy(scene)], boxes, flip, 64, "cpu")[0]
+    for view, (x0, y0, x1, y1), flipped in zip(made, boxes[0].tolist(), flip[0], strict=True):
+        cut = torch.from_numpy(scene[None, :, y0:y1, x0:x1]).double()
+        expected = torch.nn.functional.interpolate(cut, (64, 64), mode="bilinear", antialias=True)[0].round()
+        expected = expected.flip(-1) if flipped else expected
+        assert (view - expected).abs().max() <= 1 and (view != expected).float().mean() < 0.001
+    assert made.min() == 0 and made.max() == 255
+
+
+@pytest.mark.parametrize("height, width", [(500, 200), (200, 500), (4000, 3000), (40_000, 30_000)])
+def test_memory_of_the_matrix_products_is_bounded(monkeypatch, height, width):
+    """As many pictures at a time as 2^28 numbers allow, one at least, of which only the sizes are known here."""
+    parts, settings = [], ViewSettings(grid=4, size=224, augment="flip")
+    small = [torch.empty(3, 10, 10, dtype=torch.uint8, device="meta")] * 98
+    many = [*small, *(torch.empty(3, *s, dtype=torch.uint8, device="meta") for s in ((height, 20), (30, width)))]
+    plan = view_plan(range(100), [i.shape[1:] for i in many], settings, 0, 1)
     monkeypatch.setattr(views, "_products", lambda i, *a: parts.append(len(i)) or torch.zeros(len(i), 17, 3, 2, 2))
     views._on_device(many, plan, 224, settings.mean, settings.std, "cpu")
-    assert max(parts) < 15 and sum(parts) == 15
+    each = 17 * 224 * (height + 3 * width)  # the padded picture by rows, and its rows by columns
+    most = max(2**28 // each, 1)
+    assert parts == [most] * (100 // most) + ([100 % most] if 100 % most else [])
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
