@@ -26,6 +26,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from hypothesis import Phase, settings
 
 ROOT = Path(__file__).parents[1]
 EQUIVALENT = ROOT / "tests/equivalent_mutants.toml"
@@ -141,7 +142,8 @@ def tested(copy, module, took=(), limit=1800.0):
         out = os.open(copy / "out.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(out, 1), os.dup2(out, 2)
         order = Ordered(dict(took))
-        options = ["-x", "-q", "-m", "not slow", "-p", "no:cacheprovider", "--hypothesis-seed=0"]
+        options = ["-x", "-q", "-m", "not slow", "-p", "no:cacheprovider"]
+        options += ["--hypothesis-seed=0", "--hypothesis-profile=mutants"]
         files = [str(copy / f"tests/test_{name}.py") for name in TESTS.get(module, (module,))]
         code = pytest.main([*options, f"--basetemp={copy / 'tmp'}", *files], [order])
         ready = [
@@ -219,6 +221,7 @@ def main():
     parser.add_argument("--match", default="", help="those whose name holds this text")
     parser.add_argument("--again", action="store_true", help="those that nothing noticed in the last run")
     args = parser.parse_args()
+    settings.register_profile("mutants", phases=(Phase.explicit, Phase.generate))  # any failing example is enough
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
         copy = Path(folder).resolve()
         for name in COPIED:
