@@ -141,19 +141,26 @@ def measure(tab, class_name) -> dict:
     return found
 
 
-def main():
-    rows = []
+def times(browser):
+    """A row for each action: on the embedded benchmark, then on 10,000 made-up pictures."""
     open_state("glyphs").table()  # as after one look at the split
-    with tempfile.TemporaryDirectory() as folder, chromium() as browser:
+    with tempfile.TemporaryDirectory() as folder:
         many = f"import sys\nsys.path.insert(0, {HERE!r})\nimport explorer\nexplorer.page({folder!r})"
         small = "from aevlp.explore import explore\nexplore('glyphs')"
         for what, code, class_name in (("embedded benchmark", small, "sun"), ("10,000 made-up", many, "class 7")):
             with served(code) as address:
                 tab = opened(browser, address, judged=True)
                 for action, (found, most) in measure(tab, class_name).items():
-                    rows.append(dict(pictures=what, action=action, ms=round(found), aim=most))
-                    print(rows[-1], file=sys.stderr, flush=True)
+                    yield dict(pictures=what, action=action, ms=round(found), aim=most)
                 tab.close()
+
+
+def main():
+    rows = []
+    with chromium() as browser:
+        for row in times(browser):
+            rows.append(row)
+            print(row, file=sys.stderr, flush=True)
     frame = pd.DataFrame(rows)
     print(frame.to_string(index=False))
     about = dict(device=cpu_name(), command="python benchmarks/explorer.py", date=datetime.now(UTC).date().isoformat())

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import nbformat
 import numpy as np
+import pandas as pd
 import pytest
 from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
@@ -285,6 +286,19 @@ def test_lab_opens_a_running_page(browser, folder):
     finally:
         server.terminate()
         server.wait(60)
+
+
+def test_every_action_changes_the_page(browser, capsys, monkeypatch):
+    """Each is seen on the page; how long it took is printed as a table, and no bound is set on it here."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    import explorer
+
+    took = pd.DataFrame(explorer.times(browser))
+    with capsys.disabled():
+        print("\n" + took.to_string(index=False))
+    for _, one in took.groupby("pictures"):
+        assert one.action.is_unique and len(one) == 12
+    assert took.pictures.nunique() == 2
 
 
 def test_screenshots_in_the_docs_are_small():
