@@ -512,6 +512,9 @@ CSS = """<style>
 .aevlp-app td.wide svg { display: block; overflow: visible }
 .aevlp-app .kept td { background: #E69F0022 }
 .aevlp-app details { margin: 0 }
+[data-jp-theme-light=false] .aevlp-app select { background-image: url("data:image/svg+xml,\
+%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 18 18'%3E\
+%3Cpath d='M5 7l4 4 4-4' fill='none' stroke='%23ccc' stroke-width='2'/%3E%3C/svg%3E") !important }
 </style>"""
 
 

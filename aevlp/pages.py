@@ -83,7 +83,10 @@ def say_errors():
             if known
             else f"{kind.__name__}: {' '.join(str(error).split())} (AEVLP_DEBUG=1 shows where)"
         )
-        display(HTML(f'<p role="alert" style="font: 15px sans-serif; color: #B34700">aevlp: {html.escape(text)}</p>'))
+        look = (
+            "font: 15px sans-serif; color: var(--jp-ui-font-color1); border-left: 5px solid #D55E00; padding: 6px 12px"
+        )
+        display(HTML(f'<p role="alert" style="{look}">aevlp: {html.escape(text)}</p>'))
 
     if not os.environ.get("AEVLP_DEBUG"):
         get_ipython().set_custom_exc((Exception,), show)
