@@ -23,7 +23,7 @@ from .data import AevlpError, fresh, home, write_json
 
 # %% ../nbs/07_bank.ipynb #dff25a35
 def banks_root() -> Path:
-    "Folder of all banks, below `home()`"
+    "Folder of all banks, below `home()`."
     return home() / "banks"
 
 
@@ -40,7 +40,7 @@ def _sha256(path):
 
 # %% ../nbs/07_bank.ipynb #d6d223ee
 class Bank:
-    "Embeddings of the views of a split, one file an epoch; epoch 0 is that of the evaluation views"
+    "Embeddings of the views of a split, one file an epoch; epoch 0 is that of the evaluation views."
 
     def __init__(self, folder, ids, views: int, width: int):
         self.folder, self.ids, self.shape = Path(folder), np.asarray(ids), (len(ids), views, width)
@@ -55,7 +55,7 @@ class Bank:
         views: int,  # V = 1 + R
         width: int,  # K
     ) -> "Bank":
-        "The bank of `key`, new or as it was left"
+        "The bank of `key`, new or as it was left."
         manifest = json.loads(
             json.dumps(dict(key=key, images=len(ids), views=views, width=width), sort_keys=True, default=str)
         )
@@ -111,7 +111,7 @@ def _maps(self: Bank, epoch, create=False):  # -> memory maps of the rows and of
 
 @patch
 def _make(self: Bank, rows, done):
-    "Both files of an epoch, with room on the disk for all of their bytes"
+    "Both files of an epoch, with room on the disk for all of their bytes."
     with FileLock(self.folder / ".lock"):
         for path, size in ((rows, self.bytes), (done, self.shape[0])):
             if path.exists():
@@ -134,7 +134,7 @@ def _make(self: Bank, rows, done):
 # %% ../nbs/07_bank.ipynb #5bd2109a
 @patch
 def _check(self: Bank, epoch, rows, done):
-    "The files have their sizes, and a complete one its hash"
+    "The files have their sizes, and a complete one its hash."
     seal = self._file(epoch, "json")
     fits = rows.exists() and rows.stat().st_size == self.bytes and done.stat().st_size == self.shape[0]
     if not fits or seal.exists() and _read_json(seal)["sha256"] != _sha256(rows):
@@ -156,14 +156,14 @@ def rows(self: Bank, ids):  # -> (B,) positions in the split
 
 @patch
 def missing(self: Bank, epoch: int, ids) -> np.ndarray:
-    "Those of `ids` whose views have not been encoded"
+    "Those of `ids` whose views have not been encoded."
     ids, maps = np.asarray(ids), self._maps(epoch)
     return ids if maps is None else ids[maps[1][self.rows(ids)] == 0]
 
 
 @patch
 def get(self: Bank, epoch: int, ids):
-    "(B, V, K) float16, or None if a row is missing"
+    "(B, V, K) float16, or None if a row is missing."
     maps, rows = self._maps(epoch), self.rows(ids)
     if maps is None or not maps[1][rows].all():
         return None
@@ -172,7 +172,7 @@ def get(self: Bank, epoch: int, ids):
 
 @patch
 def put(self: Bank, epoch: int, ids, embeddings):  # (B, V, K)
-    "Keep the embeddings of some images"
+    "Keep the embeddings of some images."
     data, done = self._maps(epoch, create=True)
     rows = self.rows(ids)
     data[rows] = torch.as_tensor(embeddings).detach().to("cpu", torch.float16).numpy()
@@ -184,7 +184,7 @@ def put(self: Bank, epoch: int, ids, embeddings):  # (B, V, K)
 # %% ../nbs/07_bank.ipynb #ff82f58e
 @patch
 def complete(self: Bank, epoch: int) -> bool:
-    "Whether every image of the epoch is there"
+    "Whether every image of the epoch is there."
     maps = self._maps(epoch)
     return maps is not None and bool(maps[1].all())
 
@@ -215,7 +215,7 @@ def _epochs(folder):
 
 
 def banks(root=None) -> pd.DataFrame:
-    "All banks: what they are of, epochs begun and complete, size"
+    "All banks: what they are of, epochs begun and complete, size."
     rows = []
     for path in sorted((Path(root) if root else banks_root()).glob("*/manifest.json")):
         manifest, epochs = _read_json(path), _epochs(path.parent)
@@ -235,7 +235,7 @@ def banks(root=None) -> pd.DataFrame:
 
 # %% ../nbs/07_bank.ipynb #d7c43ca9
 def verify(name: str, root=None) -> pd.DataFrame:
-    "Each epoch of a bank: 'complete', 'damaged' (its bytes have changed) or 'partial'"
+    "Each epoch of a bank: 'complete', 'damaged' (its bytes have changed) or 'partial'."
     rows = []
     for path in _epochs(_folder(name, root)):
         seal = path.with_suffix(".json")
@@ -247,7 +247,7 @@ def verify(name: str, root=None) -> pd.DataFrame:
 
 
 def remove(name: str, root=None) -> str:
-    "Delete a bank; the next run that needs it calls CLIP again"
+    "Delete a bank; the next run that needs it calls CLIP again."
     folder = _folder(name, root)
     size = sum(f.stat().st_size for f in folder.iterdir())
     shutil.rmtree(folder)

@@ -17,7 +17,7 @@ def local_threshold(
     observed,  # (B, C) 1 = observed positive
     nu,  # general local threshold in [0, 1]
 ) -> Tensor:  # (B,)
-    "The patch score from which on a class is trusted, per image (zeta local)"
+    "The patch score from which on a class is trusted, per image (zeta local)."
     lowest = global_probs.masked_fill(observed != 1, torch.inf).amin(1)
     return torch.where(lowest.isinf(), 0.0, lowest.clamp(max=nu))
 
@@ -27,7 +27,7 @@ def aggregate(
     threshold,  # (B,) from `local_threshold`
     strict=False,  # a maximum equal to the threshold is not trusted (released code)
 ) -> Tensor:  # (B, C)
-    "One local score per class: the best patch where it is trusted, else the worst"
+    "One local score per class: the best patch where it is trusted, else the worst."
     best, worst, threshold = local_probs.amax(1), local_probs.amin(1), threshold[:, None]
     return torch.where(best > threshold if strict else best >= threshold, best, worst)
 
@@ -37,7 +37,7 @@ def positives(
     top_k,  # at most this many per image
     global_threshold,  # zeta global, in [0, 1]
 ) -> Tensor:  # (B, C) bool
-    "Classes that are among the `top_k` and reach the threshold"
+    "Classes that are among the `top_k` and reach the threshold."
     best = final.argsort(dim=1, descending=True, stable=True)[:, :top_k]
     return torch.zeros_like(final, dtype=torch.bool).scatter_(1, best, True) & (final >= global_threshold)
 
@@ -47,7 +47,7 @@ def negatives(
     negative_ratio,  # Delta_neg as a fraction in [0, 1]
     rule="percentile",  # 'percentile' (paper) or 'floor' (released code)
 ) -> Tensor:  # (B, C) bool
-    "Classes with the lowest average scores of their image"
+    "Classes with the lowest average scores of their image."
     if rule not in ("percentile", "floor"):
         raise ValueError(f"rule {rule!r}: 'percentile' or 'floor'.")
     if not 0 <= negative_ratio <= 1:
@@ -64,7 +64,7 @@ def negatives(
 # %% ../nbs/02_damp.ipynb #31f2e0c7
 @dataclass
 class DampScores:
-    "What DAMP computes for a batch, pseudo-labels included"
+    "What DAMP computes for a batch, pseudo-labels included."
 
     global_probs: Tensor  # (B, C)
     aggregated: Tensor  # (B, C)
@@ -86,7 +86,7 @@ def damp(
     rule="percentile",  # see `negatives`
     negatives_as=-1,  # -1 (paper) or 0 (released code)
 ) -> DampScores:
-    "Pseudo-labels of a batch (paper, section 5.2)"
+    "Pseudo-labels of a batch (paper, section 5.2)."
     if probs.ndim != 3 or probs.shape[1] < 2:
         raise ValueError(f"probs {tuple(probs.shape)}: (images, 1 + patches, classes) with at least one patch.")
     whole, local = probs[:, 0], probs[:, 1:]

@@ -137,7 +137,7 @@ def pictures_in(
 
 # %% ../nbs/33_deploy.ipynb #2942af75
 def _left_out(left) -> str:
-    "`; left out: 2 files (why): a.HEIC, b.txt`"
+    "`; left out: 2 files (why): a.HEIC, b.txt`."
     parts = [
         f"{len(names)} {'file' if len(names) == 1 else 'files'} ({why}): {', '.join(names[:10])}"
         + (", …" if names[10:] else "")

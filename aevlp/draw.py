@@ -517,7 +517,7 @@ CSS = """<style>
 %3Cpath d='M5 7l4 4 4-4' fill='none' stroke='%23ccc' stroke-width='2'/%3E%3C/svg%3E") !important }
 </style>"""
 
-
+# %% ../nbs/36_draw.ipynb #458a0a48
 def sign(
     verdict,  # a name of `VERDICTS`
     text=None,  # beside the symbol; default the name

@@ -24,7 +24,7 @@ from .vlm import load_clip, text_prototypes
 
 # %% ../nbs/10_eyes.ipynb #fbe920e7
 def turn(epoch, epochs):  # -> the epoch whose views are used in `epoch`
-    "Views of some epochs in turn; 0: new ones in every epoch"
+    "Views of some epochs in turn; 0: new ones in every epoch."
     return (epoch - 1) % epochs + 1 if epochs else epoch
 
 
@@ -32,7 +32,7 @@ _PART = 2**21  # pixels of views that are made at a time on the CPU
 
 # %% ../nbs/10_eyes.ipynb #62321f72
 class Eyes:
-    "View embeddings of images from the bank, or from CLIP; epoch 0 is that of the evaluation views"
+    "View embeddings of images from the bank, or from CLIP; epoch 0 is that of the evaluation views."
 
     def __init__(
         self, clip, settings, seed, bank=None
@@ -53,7 +53,7 @@ class Eyes:
         )
 
     def parts(self, images, ids, epoch):  # yields (b, 1 + R, 3, S, S), of consecutive images
-        "The views of some images: on the CPU a few images at a time, at least one a thread"
+        "The views of some images: on the CPU a few images at a time, at least one a thread."
         device = self.clip.device
         if self.settings is None:
             yield student_inputs(images, self.clip.image_size, self.clip.mean, self.clip.std, device)[:, None]
@@ -91,7 +91,7 @@ class Eyes:
 
 # %% ../nbs/10_eyes.ipynb #5835a6e9
 class TokenEyes(Eyes):
-    "The embedding of the whole picture and its dense tokens, (B, 1 + h w, K), from one pass"
+    "The embedding of the whole picture and its dense tokens, (B, 1 + h w, K), from one pass."
 
     def __init__(
         self, clip, settings, seed, bank=None, rule="sclip", grid=0
@@ -124,19 +124,19 @@ class TokenEyes(Eyes):
 
 
 def token_views(whole, tokens, grid=0):  # (b, K), (b, h, w, K) unit norm -> (b, 1, K), (b, T, K) unit norm
-    "A global view and local ones: all tokens, or their means over grid x grid cells"
+    "A global view and local ones: all tokens, or their means over grid x grid cells."
     if grid:
         tokens = normalize(adaptive_avg_pool2d(tokens.permute(0, 3, 1, 2), grid).permute(0, 2, 3, 1), dim=-1)
     return whole[:, None], tokens.flatten(1, 2)
 
 # %% ../nbs/10_eyes.ipynb #0455792c
 def clip_of(recipe, device="cpu"):
-    "The CLIP of a recipe, in its precision"
+    "The CLIP of a recipe, in its precision."
     return load_clip(recipe.clip, recipe.clip_weights or None, device, "bf16" if recipe.precision == "bf16" else "fp32")
 
 
 def view_settings(recipe, clip):  # a `Recipe`, a `Clip`
-    "What CLIP is shown under `recipe`"
+    "What CLIP is shown under `recipe`."
     norm = (
         dict(mean=clip.mean, std=clip.std)
         if recipe.clip_norm == "clip"
@@ -146,7 +146,7 @@ def view_settings(recipe, clip):  # a `Recipe`, a `Clip`
 
 
 def prototypes(recipe, clip, class_names, seed=0):  # -> (C, K) unit norm
-    "The text prototypes of DAMP under `recipe`, G included"
+    "The text prototypes of DAMP under `recipe`, G included."
     return text_prototypes(
         clip,
         class_names,
@@ -161,7 +161,7 @@ def prototypes(recipe, clip, class_names, seed=0):  # -> (C, K) unit norm
 
 # %% ../nbs/10_eyes.ipynb #6938ee24
 def eyes_of(recipe, clip, tokens=False):  # -> `Eyes` without a bank
-    "What CLIP is shown under `recipe`: the views, or the whole picture for its tokens"
+    "What CLIP is shown under `recipe`: the views, or the whole picture for its tokens."
     settings = view_settings(recipe, clip)
     if not tokens:
         return Eyes(clip, settings, recipe.view_seed)
@@ -170,13 +170,13 @@ def eyes_of(recipe, clip, tokens=False):  # -> `Eyes` without a bank
 
 
 def _pictures(data, ids):
-    "What the pictures of a split are, whatever their labels: a hash of own files; of a benchmark, its names and truth"
+    "What the pictures of a split are, whatever their labels: a hash of own files; of a benchmark, its names and truth."
     what = data.pictures if data.own else replace(data, observed=np.zeros_like(data.observed)).fingerprint
     return f"{what}-{hashlib.sha256(np.asarray(ids, '<i8').tobytes()).hexdigest()[:12]}"
 
 
 def bank_for(eyes, data, split, root=None):  # root: folder of banks; None = the usual one, False = no bank
-    "The bank of what `eyes` sees of a split, or None where `root` is False"
+    "The bank of what `eyes` sees of a split, or None where `root` is False."
     ids, clip = data.splits.get(split, np.empty(0, np.int64)), eyes.clip
     if root is False or not len(ids):
         return None
@@ -197,7 +197,7 @@ def bank_for(eyes, data, split, root=None):  # root: folder of banks; None = the
 
 
 def open_bank(data, split, clip, settings, seed, root=None):
-    "The bank of the views that `settings` describes, of the global view where they are None"
+    "The bank of the views that `settings` describes, of the global view where they are None."
     return bank_for(Eyes(clip, settings, seed), data, split, root)
 
 # %% ../nbs/10_eyes.ipynb #1f1768d6
@@ -206,7 +206,7 @@ _BATCH = 64  # pictures that are decoded and encoded at a time
 
 @patch
 def over(self: Eyes, data, ids, epoch=0):  # yields (b, 1 + R, K) float16, of consecutive `ids`
-    "The embeddings of many pictures, decoded where the bank lacks them"
+    "The embeddings of many pictures, decoded where the bank lacks them."
     missing = ids if self.bank is None else self.bank.missing(epoch, ids)
     for images, where in image_loader(data, missing, _BATCH) if len(missing) else ():
         found = self.encode(images, where, epoch)
@@ -221,7 +221,7 @@ def over(self: Eyes, data, ids, epoch=0):  # yields (b, 1 + R, K) float16, of co
 
 @patch
 def split(self: Eyes, data, name, root=None, epoch=0):  # yields (b, 1 + R, K) float16
-    "The embeddings of a split through its bank, which is opened"
+    "The embeddings of a split through its bank, which is opened."
     self.bank = bank_for(self, data, name, root)
     ids = data.splits.get(name, np.empty(0, np.int64))
     yield from self.over(data, ids, epoch) if len(ids) else ()
@@ -235,7 +235,7 @@ def embeddings(
     bank_root=None,  # folder of banks; None = the usual one, False = no bank
     epoch=0,
 ):  # 0: evaluation views; of the training split also the views of an epoch from 1
-    "View embeddings of a split (n, 1 + R, K), float16, unit norm, in the order of its ids, through its bank"
+    "View embeddings of a split (n, 1 + R, K), float16, unit norm, in the order of its ids, through its bank."
     eyes = eyes_of(recipe, clip_of(recipe, device))
     found = [e.cpu() for e in eyes.split(data, split, bank_root, epoch)]
     return torch.cat([torch.empty(0, *eyes.shape, dtype=torch.float16), *found])

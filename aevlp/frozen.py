@@ -23,7 +23,7 @@ from .views import evaluation_plan
 
 # %% ../nbs/14_frozen.ipynb #22e4df36
 def pooled(views):  # (n, V, K) float16
-    "What the head reads (n, 3 K), float16: global view, mean and maximum of the patches; of a single view that view"
+    "What the head reads (n, 3 K), float16: global view, mean and maximum of the patches; of a single view that view."
     if views.shape[1] == 1:
         return views[:, 0]
     patches = views[:, 1:].float()
@@ -31,7 +31,7 @@ def pooled(views):  # (n, V, K) float16
 
 # %% ../nbs/14_frozen.ipynb #c2117206
 class Embedded(Sequence):
-    "Pictures of which the embeddings are known; each is decoded when somebody looks at it"
+    "Pictures of which the embeddings are known; each is decoded when somebody looks at it."
 
     def __init__(self, embeddings, ids, pictures):  # (b, W), (b,) positions, `Images`
         self.embeddings, self.ids, self.pictures = embeddings, ids, pictures
@@ -46,7 +46,7 @@ class Embedded(Sequence):
 
 # %% ../nbs/14_frozen.ipynb #4111151e
 class Embeddings:
-    "The embeddings of a data set in any order, through the banks: for a head what `train.Pictures` is for a student"
+    "The embeddings of a data set in any order, through the banks: for a head what `train.Pictures` is for a student."
 
     def __init__(
         self,
@@ -72,7 +72,7 @@ class Embeddings:
             yield from self.eyes.split(self.data, split, self.root, epoch)
 
     def table(self, split, epoch):  # -> (n, W) float16, of the whole split
-        "The rows of a split in an epoch; 0: evaluation views"
+        "The rows of a split in an epoch; 0: evaluation views."
         key = split, 0 if self.bank else epoch and turn(epoch, self.recipe.view_epochs)
         if key not in self.tables:
             if not self.recipe.view_epochs:
@@ -85,7 +85,7 @@ class Embeddings:
         return self.bank.shape[2] * (3 if self.bank.shape[1] > 1 else 1) if self.bank else 3 * self.eyes.clip.width
 
     def moments(self):  # -> mean (W,), deviation (W,), float32
-        "Of the training rows of all epochs that come in turn"
+        "Of the training rows of all epochs that come in turn."
         epochs = range(1, max(self.recipe.view_epochs, 1) + 1)
         var, mean = map(
             torch.stack, zip(*(torch.var_mean(self.table("train", e).float(), 0, correction=0) for e in epochs))
@@ -101,7 +101,7 @@ class Embeddings:
         epoch=0,  # from 1: the training views of that epoch; 0: evaluation views
         side=None,
     ):  # of pictures, which are not decoded here
-        "The pictures of each part, in order: yields (`Embedded`, (b,) positions)"
+        "The pictures of each part, in order: yields (`Embedded`, (b,) positions)."
         for part in parts:
             ids = np.asarray(part)
             yield Embedded(self._rows(ids, epoch), ids, self.pictures), part
@@ -141,7 +141,7 @@ def _held(path, ids):  # -> rows and ids as they are in the file, or as given
 
 
 def _ids(path):
-    "Ids from a file: .npy, or text with one a line"
+    "Ids from a file: .npy, or text with one a line."
     path = Path(path)
     try:
         return (
@@ -157,7 +157,7 @@ def read_features(
     file,  # .npy or .safetensors
     ids=None,  # of the rows: a list, or a .npy or text file; None: those in the file, else positions 0, 1, ...
 ):  # -> (n, K) or (n, V, K) numbers, (n,) ids
-    "Features of pictures, and which pictures they are of"
+    "Features of pictures, and which pictures they are of."
     path = Path(file)
     rows, own = _held(path, _ids(ids) if isinstance(ids, (str, Path)) else ids)
     if rows.ndim not in (2, 3) or rows.dtype.kind not in "fiu" or not len(rows):
@@ -187,7 +187,7 @@ def _names(data):  # -> three lists: paths below the common folder, file names, 
 
 # %% ../nbs/14_frozen.ipynb #121040e8
 def _row_of(ids, data, path):  # -> {position in the data set: row of the features}
-    "Which row belongs to which picture"
+    "Which row belongs to which picture."
     ids, needed = np.asarray(ids), _needed(data)
     if ids.dtype.kind in "iu":
         kinds = [range(len(data))]
@@ -211,7 +211,7 @@ def _row_of(ids, data, path):  # -> {position in the data set: row of the featur
 
 # %% ../nbs/14_frozen.ipynb #bbd1cbbe
 def _of(data):
-    "What a bank of imported features belongs to: pictures by name, whatever is observed of their labels"
+    "What a bank of imported features belongs to: pictures by name, whatever is observed of their labels."
     digest = hashlib.sha256("\n".join(_names(data)[0]).encode(errors="surrogateescape"))
     digest.update(_needed(data).astype("<i8").tobytes())
     return digest.hexdigest()[:16]
@@ -223,7 +223,7 @@ def import_features(
     ids=None,  # of the rows: a list, or a .npy or text file; None: those in the file, else positions 0, 1, ...
     root=None,
 ):  # folder of banks; None = the usual one
-    "A bank of features computed elsewhere: its name is for `features=NAME`"
+    "A bank of features computed elsewhere: its name is for `features=NAME`."
     path, needed = Path(file), _needed(data)
     rows, own = read_features(path, ids)
     row_of, digest = _row_of(own, data, path), hashlib.sha256()
@@ -247,7 +247,7 @@ def head_rows(
     file,  # .npy or .safetensors
     width: int,  # of what the head reads
 ):  # -> (n, width) float16, (n,) ids
-    "Features of new pictures as a head reads them"
+    "Features of new pictures as a head reads them."
     rows, ids = read_features(file)
     read = pooled(torch.from_numpy(_half(rows, file)))
     if read.shape[1] != width:
@@ -259,7 +259,7 @@ def head_rows(
 
 
 def imported(name, data, root=None) -> Bank:
-    "The bank of imported features of that name, if it is of these pictures"
+    "The bank of imported features of that name, if it is of these pictures."
     folder = _folder(name, root)
     manifest = _read_json(folder / "manifest.json")
     if "features" not in manifest["key"]:
@@ -275,7 +275,7 @@ def imported(name, data, root=None) -> Bank:
 
 # %% ../nbs/14_frozen.ipynb #83b1a1ff
 class Whole(nn.Module):
-    "Image tower and head as one model: evaluation views (B, V, 3, S, S), normalised, to logits (B, C)"
+    "Image tower and head as one model: evaluation views (B, V, 3, S, S), normalised, to logits (B, C)."
 
     def __init__(self, tower, net):  # of a CLIP, a `Classifier` with a frozen backbone
         super().__init__()
@@ -290,7 +290,7 @@ def whole(
     net,  # a `Classifier` with a frozen backbone
     recipe,
 ):  # of its run
-    "A model that needs no bank, and what it wants: (module, shape of an input, facts)"
+    "A model that needs no bank, and what it wants: (module, shape of an input, facts)."
     if recipe.features:
         return net, (len(net.backbone.mean),), dict(features=recipe.features)
     clip = clip_of(recipe)

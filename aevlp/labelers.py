@@ -24,7 +24,7 @@ from .vlm import similarities, text_prototypes
 # %% ../nbs/12_labelers.ipynb #a5d07810
 @dataclass
 class Batch:
-    "What a training step knows about its images"
+    "What a training step knows about its images."
 
     ids: Tensor  # (B,) long, positions in the data set
     rows: Tensor  # (B,) long, positions in the training split
@@ -34,7 +34,7 @@ class Batch:
 
 
 class Labeler:
-    "No pseudo-labels; what the others build on"
+    "No pseudo-labels; what the others build on."
 
     needs_logits = False
 
@@ -49,7 +49,7 @@ class Labeler:
 
 # %% ../nbs/12_labelers.ipynb #3a438ffa
 class RandomLabeler(Labeler):
-    "Random unknown classes as positives, the same in every epoch"
+    "Random unknown classes as positives, the same in every epoch."
 
     def __init__(self, positives, seed):  # mean number per image, seed
         self.positives, self.seed = positives, seed
@@ -67,12 +67,12 @@ class RandomLabeler(Labeler):
 
 # %% ../nbs/12_labelers.ipynb #0c696d97
 def large_loss_count(shape, epoch, delta):
-    "How many labels LL-R and LL-Ct treat as missed in epoch `epoch`; `delta` in percent per epoch"
+    "How many labels LL-R and LL-Ct treat as missed in epoch `epoch`; `delta` in percent per epoch."
     return min(math.ceil(round(math.prod(shape) * (epoch - 1) * delta / 100, 9)), math.prod(shape))
 
 
 class LargeLossLabeler(Labeler):
-    "The unknown labels with the largest losses as positives"
+    "The unknown labels with the largest losses as positives."
 
     needs_logits = True
 
@@ -91,7 +91,7 @@ def pseudo_labels(
     observed,  # (B, C)
     recipe,  # thresholds
 ):  # -> `DampScores`
-    "DAMP as a recipe sets it"
+    "DAMP as a recipe sets it."
     return damp(
         probs,
         observed,
@@ -106,7 +106,7 @@ def pseudo_labels(
 
 
 class DampLabeler(Labeler):
-    "DAMP: dynamic labels from a global view and local ones: augmented patches, or the tokens of one pass"
+    "DAMP: dynamic labels from a global view and local ones: augmented patches, or the tokens of one pass."
 
     def __init__(self, eyes, prototypes, recipe, temperature=None):  # default that of the recipe
         self.eyes, self.prototypes, self.recipe, self.temperature = (
@@ -117,7 +117,7 @@ class DampLabeler(Labeler):
         )
 
     def scores(self, batch, epoch):  # -> `DampScores`
-        "Everything that DAMP computes for a batch, labels included"
+        "Everything that DAMP computes for a batch, labels included."
         probs = similarities(self.eyes(batch, epoch), self.prototypes, self.temperature).to(batch.observed.device)
         return pseudo_labels(probs, batch.observed, self.recipe)
 
@@ -126,7 +126,7 @@ class DampLabeler(Labeler):
 
 # %% ../nbs/12_labelers.ipynb #370b9b9a
 class PiaaLabeler(Labeler):
-    "DAMP's rules on PIAA's scores: the best classes above a threshold, the worst as negatives"
+    "DAMP's rules on PIAA's scores: the best classes above a threshold, the worst as negatives."
 
     def __init__(self, scorer, recipe):
         self.scorer, self.eyes, self.recipe = scorer, scorer.eyes, recipe
@@ -138,7 +138,7 @@ class PiaaLabeler(Labeler):
 
 
 class VlplLabeler(Labeler):
-    "VLPL: every class above a threshold in the global view"
+    "VLPL: every class above a threshold in the global view."
 
     def __init__(self, eyes, prototypes, recipe):
         self.eyes, self.prototypes, self.recipe = eyes, prototypes, recipe
@@ -149,7 +149,7 @@ class VlplLabeler(Labeler):
 
 # %% ../nbs/12_labelers.ipynb #2c9a5160
 class Fixed(Labeler):
-    "The labels that another labeler gives in the first epochs, in turn for ever"
+    "The labels that another labeler gives in the first epochs, in turn for ever."
 
     def __init__(self, labeler, n_images, n_classes, epochs=1):
         self.labeler, self.epochs = labeler, epochs
@@ -203,7 +203,7 @@ def _fixed(labeler, data, epochs=1):
 
 
 def _dynamic(make):
-    "Labels that change with the views: new ones in every epoch, or those of some epochs in turn"
+    "Labels that change with the views: new ones in every epoch, or those of some epochs in turn."
 
     def made(data, recipe, *rest):
         labeler = make(data, recipe, *rest)
@@ -232,7 +232,7 @@ def build_labeler(
     device="cpu",  # CLIP's
     bank_root=None,
 ):  # folder of banks; None = the usual one, False = no bank
-    "The labeler of a run on `data`'s training split"
+    "The labeler of a run on `data`'s training split."
     if name not in LABELERS:
         raise AevlpError(f"no labeler is called '{name}'; the nearest is '{nearest(name, LABELERS)}'.")
     return LABELERS[name](data, recipe, seed, device, bank_root)

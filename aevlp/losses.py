@@ -20,7 +20,7 @@ def _wide(x):
 
 
 def _nl(logits, epsilon=0.0):
-    "-log p and -log(1 - p); with `epsilon` inside the logarithms, as the released codes have them"
+    "-log p and -log(1 - p); with `epsilon` inside the logarithms, as the released codes have them."
     logits = _wide(logits)
     if not epsilon:
         return -F.logsigmoid(logits), -F.logsigmoid(-logits)
@@ -41,7 +41,7 @@ def bce(
     reduction="mean",  # 'mean' or 'none'
     epsilon=0.0,  # inside the logarithms; 0 = exact
 ):
-    "Binary cross-entropy (section 3)"
+    "Binary cross-entropy (section 3)."
     positive, negative = _nl(logits, epsilon)
     targets = targets.to(positive.dtype)
     return _reduce(targets * positive + (1 - targets) * negative, reduction)
@@ -53,22 +53,22 @@ def an(
     reduction="mean",
     epsilon=0.0,  # see `bce`
 ):
-    "Assume negative: BCE with everything unobserved as negative"
+    "Assume negative: BCE with everything unobserved as negative."
     return bce(logits, observed == 1, reduction, epsilon)
 
 # %% ../nbs/01_losses.ipynb #c9b0468e
 def false_negative_rate(p, w, b):
-    "k-hat: estimated probability that an unknown label is positive (section 4.1)"
+    "k-hat: estimated probability that an unknown label is positive (section 4.1)."
     return torch.sigmoid(w * p + b)
 
 
 def unknown_weight(p, mu, sigma):
-    "v2 = v3: weight of unknown labels and negative pseudo-labels (sections 4.1, 4.2)"
+    "v2 = v3: weight of unknown labels and negative pseudo-labels (sections 4.1, 4.2)."
     return torch.exp(-((p - mu) ** 2) / (2 * sigma**2))
 
 
 def unknown_loss(logits, k, q1, q2):
-    "L2: an unknown label, negative with probability 1 - k (section 4.1)"
+    "L2: an unknown label, negative with probability 1 - k (section 4.1)."
     positive, negative = _nl(logits)
     return (1 - k) * -torch.expm1(-q1 * negative) / q1 + k * -torch.expm1(-q2 * positive) / q2
 
@@ -86,7 +86,7 @@ def gr(
     reduction="mean",
     epsilon=0.0,  # see `bce`; the powers of L2 have none
 ):
-    "GR loss (Eq. 1)"
+    "GR loss (Eq. 1)."
     p = torch.sigmoid(_wide(logits.detach()))
     unknown = unknown_weight(p, mu, sigma) * unknown_loss(logits, false_negative_rate(p, w, b), q1, q2)
     positive, negative = _nl(logits, epsilon)
@@ -106,7 +106,7 @@ def gr_schedule(
     sigmaT,  # alpha at the start and the end
     linear_init=0,  # first epochs that keep the start values
 ) -> dict:  # w, b, mu, sigma of the epoch
-    "Parameters of k-hat and v in an epoch"
+    "Parameters of k-hat and v in an epoch."
     length = max(epochs - linear_init, 1)
     r1, r2 = max(epoch - linear_init - 1, 0) / length, max(epoch - linear_init, 0) / length
     return dict(
@@ -115,12 +115,12 @@ def gr_schedule(
 
 # %% ../nbs/01_losses.ipynb #79e122b2
 def positive_pseudo_weight(p, mu, sigma, lambda1, lambda2):
-    "v4: weight of positive pseudo-labels, high where the model is far from mu (section 4.2)"
+    "v4: weight of positive pseudo-labels, high where the model is far from mu (section 4.2)."
     return (1 - unknown_weight(p, mu, sigma)).clamp(lambda1, lambda2)
 
 
 def positive_pseudo_loss(logits, q3, epsilon=0.0):
-    "L4: smoothed -log p of a positive pseudo-label (Eq. 3)"
+    "L4: smoothed -log p of a positive pseudo-label (Eq. 3)."
     positive, negative = _nl(logits, epsilon)
     return (1 - q3) * negative + q3 * positive
 
@@ -129,7 +129,7 @@ def expected_positive_regulariser(
     logits,  # (B, C)
     expected_positives,  # m, positives per image (Eq. 5)
 ):
-    "R = ((m-hat - m) / C)^2 with m-hat the mean number of predicted positives (Eqs. 4, 6)"
+    "R = ((m-hat - m) / C)^2 with m-hat the mean number of predicted positives (Eqs. 4, 6)."
     return ((torch.sigmoid(_wide(logits)).sum(1).mean() - expected_positives) / logits.shape[1]) ** 2
 
 # %% ../nbs/01_losses.ipynb #fdb83dbc
@@ -152,7 +152,7 @@ def gpr(
     reduction="mean",  # 'none' leaves R out
     epsilon=0.0,  # see `gr`
 ):
-    "GPR loss (Eq. 2); without pseudo-labels and with eta = 0 it is `gr`, bit for bit"
+    "GPR loss (Eq. 2); without pseudo-labels and with eta = 0 it is `gr`, bit for bit."
     matrix = gr(logits, observed, q1=q1, q2=q2, w=w, b=b, mu=mu, sigma=sigma, reduction="none", epsilon=epsilon)
     p, unknown = torch.sigmoid(_wide(logits.detach())), observed == 0
     added = positive_pseudo_weight(p, mu, sigma, lambda1, lambda2) * positive_pseudo_loss(logits, q3, epsilon)
@@ -171,7 +171,7 @@ def bce_pl(
     reduction="mean",
     epsilon=0.0,  # see `bce`
 ):
-    "BCE with observed and pseudo-positives as positives, all else negative (Table 2)"
+    "BCE with observed and pseudo-positives as positives, all else negative (Table 2)."
     return bce(logits, (observed == 1) | ((observed == 0) & (pseudo == 1)), reduction, epsilon)
 
 # %% ../nbs/01_losses.ipynb #9da018f2
@@ -182,7 +182,7 @@ def an_ls(
     reduction="mean",
     epsilon=0.0,  # see `bce`
 ):
-    "Assume negative with label smoothing"
+    "Assume negative with label smoothing."
     return bce(logits, torch.where(observed == 1, 1 - smoothing, smoothing), reduction, epsilon)
 
 
@@ -192,7 +192,7 @@ def wan(
     reduction="mean",
     epsilon=0.0,  # see `bce`
 ):
-    "Weak assume negative: unknown labels weigh 1 / (C - 1)"
+    "Weak assume negative: unknown labels weigh 1 / (C - 1)."
     matrix = an(logits, observed, "none", epsilon)
     return _reduce(torch.where(observed == 0, matrix / max(logits.shape[1] - 1, 1), matrix), reduction)
 
@@ -203,7 +203,7 @@ def epr(
     expected_positives,  # m, positives per image
     epsilon=0.0,  # see `bce`
 ):
-    "Expected positive regularisation: observed labels, and R on all"
+    "Expected positive regularisation: observed labels, and R on all."
     return (an(logits, observed, "none", epsilon) * (observed != 0)).mean() + expected_positive_regulariser(
         logits, expected_positives
     )
@@ -221,7 +221,7 @@ def em(
     reduction="mean",
     epsilon=0.0,  # see `bce`
 ):
-    "Entropy maximisation on unknown labels"
+    "Entropy maximisation on unknown labels."
     return _reduce(
         torch.where(observed == 0, -alpha * _entropy(logits, epsilon), an(logits, observed, "none", epsilon)), reduction
     )
@@ -236,7 +236,7 @@ def apl(
     reduction="mean",
     epsilon=0.0,  # see `bce`
 ):
-    "Entropy maximisation with asymmetric pseudo-labels"
+    "Entropy maximisation with asymmetric pseudo-labels."
     known = (observed == 0) & ~soft_negatives.isnan()
     soft = beta * bce(logits, soft_negatives.nan_to_num(), "none", epsilon)
     return _reduce(torch.where(known, soft, em(logits, observed, alpha, "none", epsilon)), reduction)
@@ -253,7 +253,7 @@ def vlpl(
     reduction="mean",
     epsilon=0.0,  # see `bce`
 ):
-    "VLPL: entropy maximisation with smoothed positive pseudo-labels"
+    "VLPL: entropy maximisation with smoothed positive pseudo-labels."
     added = beta_pos * positive_pseudo_loss(logits, 1 - smoothing, epsilon)
     matrix, unknown = em(logits, observed, alpha, "none", epsilon), observed == 0
     return _reduce(
@@ -266,7 +266,7 @@ def large_loss_mask(
     observed,  # (B, C) in {-1, 0, 1}
     k,  # how many unknown entries of the batch; 0 for none
 ):  # (B, C) bool
-    "The unknown entries with the `k` largest assume-negative losses of the batch"
+    "The unknown entries with the `k` largest assume-negative losses of the batch."
     unknown = observed == 0
     if not k:
         return torch.zeros_like(unknown)
@@ -281,7 +281,7 @@ def ll(
     scheme="r",  # 'r' rejects (loss 0), 'ct' corrects (loss -log p)
     reduction="mean",
 ):
-    "Assume negative with large losses rejected or corrected"
+    "Assume negative with large losses rejected or corrected."
     if scheme not in ("r", "ct"):
         raise ValueError(f"scheme {scheme!r}: 'r' or 'ct'.")
     large = large_loss_mask(logits, observed, k)
@@ -297,7 +297,7 @@ def role(
     expected_positives,  # m, positives per image
     epsilon=0.0,  # see `bce`; on both sets of logits
 ):
-    "Regularised online label estimation"
+    "Regularised online label estimation."
 
     def half(ours, other):
         return epr(ours, observed, expected_positives, epsilon) + bce(
@@ -320,7 +320,7 @@ def mime(
     beta,  # weight of the bottleneck
     epsilon=0.0,  # see `bce`
 ):
-    "MIME: BCE with the grown labels, and an information bottleneck"
+    "MIME: BCE with the grown labels, and an information bottleneck."
     return bce(logits, label_matrix, epsilon=epsilon) + beta * _gaussian_kl(mu, log_std)
 
 # %% ../nbs/01_losses.ipynb #07b808aa
@@ -339,7 +339,7 @@ def smile(
     enhanced=None,  # (B, C) labels in (0, 1); None draws them
     epsilon=0.0,  # see `bce`
 ):
-    "SMILE: classifier and enhanced labels teach each other"
+    "SMILE: classifier and enhanced labels teach each other."
     labels = Beta(_wide(concentration1), _wide(concentration0), validate_args=False)
     d = (labels.rsample() if enhanced is None else enhanced).clamp(1e-6, 1 - 1e-6)
     uniform = Beta(torch.ones_like(d), torch.ones_like(d), validate_args=False)

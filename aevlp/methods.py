@@ -21,7 +21,7 @@ from .registry import METHODS, TABLE1, TABLE2, Method, get, unknown  # noqa: F40
 
 # %% ../nbs/15_methods.ipynb #aba74c8b
 class Objective:
-    "A loss with what it remembers; a subclass names its tensors in `state`"
+    "A loss with what it remembers; a subclass names its tensors in `state`."
 
     state = ()
 
@@ -42,7 +42,7 @@ class Objective:
         self.prepare()
 
     def prepare(self):
-        "Set up what is remembered"
+        "Set up what is remembered."
 
     def param_groups(self, lr):
         return []  # groups of its own trainable tensors for the optimizer
@@ -57,7 +57,7 @@ class Objective:
         return False
 
     def learn(self, probs):
-        "Take in the classifier's probabilities (N, C) on the training split"
+        "Take in the classifier's probabilities (N, C) on the training split."
 
     def end_epoch(self, epoch, predict):  # predict() -> probs (N, C), evaluation mode, no augmentation
         if self.needs_predictions(epoch):
@@ -81,7 +81,7 @@ class Objective:
 
 # %% ../nbs/15_methods.ipynb #85bf590d
 def merged(observed, pseudo):  # (B, C), (B, C)
-    "Observed labels, pseudo-labels where nothing was observed"
+    "Observed labels, pseudo-labels where nothing was observed."
     return torch.where(observed == 0, pseudo.to(observed.dtype), observed)
 
 # %% ../nbs/15_methods.ipynb #e3485770
@@ -95,7 +95,7 @@ _STATELESS = {  # (recipe, logits, observed with pseudo-labels merged in) -> sca
 
 
 class Merged(Objective):
-    "A loss of observed labels; pseudo-labels count as observed"
+    "A loss of observed labels; pseudo-labels count as observed."
 
     def __init__(self, fn, *args, **kwargs):
         self.fn = fn
@@ -106,7 +106,7 @@ class Merged(Objective):
 
 
 class Full(Objective):
-    "Binary cross-entropy with full labels: the upper bound"
+    "Binary cross-entropy with full labels: the upper bound."
 
     def prepare(self):
         if self.truth is None:
@@ -124,14 +124,14 @@ class Full(Objective):
 
 # %% ../nbs/15_methods.ipynb #7d03db86
 class BcePseudo(Objective):
-    "BCE with positive pseudo-labels as positives, all else negative"
+    "BCE with positive pseudo-labels as positives, all else negative."
 
     def loss(self, output, batch, pseudo):
         return losses.bce_pl(logits_of(output), batch.observed, pseudo, epsilon=self.recipe.epsilon)
 
 
 class Vlpl(Objective):
-    "VLPL: entropy on unknown labels, smoothed BCE on positive pseudo-labels"
+    "VLPL: entropy on unknown labels, smoothed BCE on positive pseudo-labels."
 
     def loss(self, output, batch, pseudo):
         r = self.recipe
@@ -150,7 +150,7 @@ _SCHEDULE = ("w0", "wT", "b0", "bT", "mu0", "sigma0", "muT", "sigmaT")
 
 
 class Gr(Objective):
-    "GR loss (Eq. 1)"
+    "GR loss (Eq. 1)."
 
     def start_epoch(self, epoch, epochs):
         super().start_epoch(epoch, epochs)
@@ -169,7 +169,7 @@ class Gr(Objective):
 
 # %% ../nbs/15_methods.ipynb #87d57d19
 class Gpr(Gr):
-    "GPR loss (Eq. 2)"
+    "GPR loss (Eq. 2)."
 
     state = ("sums",)
 
@@ -177,7 +177,7 @@ class Gpr(Gr):
         self.sums = torch.full((self.n_images,), torch.nan, device=self.device)  # last predicted number of positives
 
     def regulariser(self, logits, rows):
-        "R of Eq. 4 with the mean of Eq. 6 over all images seen so far"
+        "R of Eq. 4 with the mean of Eq. 6 over all images seen so far."
         sums = logits.float().sigmoid().sum(1)
         self.sums[rows] = sums.detach()
         mean = self.sums.nanmean() + sums.mean() - sums.mean().detach()
@@ -205,7 +205,7 @@ class Gpr(Gr):
 
 # %% ../nbs/15_methods.ipynb #be1b6fa7
 class Role(Objective):
-    "ROLE: online estimation of the labels"
+    "ROLE: online estimation of the labels."
 
     state = ("theta",)
 
@@ -232,7 +232,7 @@ class Role(Objective):
 
 # %% ../nbs/15_methods.ipynb #5448c772
 class EmApl(Objective):
-    "Entropy maximisation with asymmetric pseudo-labels"
+    "Entropy maximisation with asymmetric pseudo-labels."
 
     state = ("soft",)
 
@@ -262,7 +262,7 @@ class EmApl(Objective):
 
 # %% ../nbs/15_methods.ipynb #d867cb8b
 class LargeLoss(Objective):
-    "LL-R and LL-Ct"
+    "LL-R and LL-Ct."
 
     def __init__(self, scheme, *args, **kwargs):
         self.scheme = scheme
@@ -279,7 +279,7 @@ class LargeLoss(Objective):
 
 
 class LargeLossCp(Objective):
-    "LL-Cp: corrections stay"
+    "LL-Cp: corrections stay."
 
     state = ("corrected",)
 
@@ -296,7 +296,7 @@ class LargeLossCp(Objective):
 
 # %% ../nbs/15_methods.ipynb #00b23356
 class Mime(Objective):
-    "MIME: a label matrix that only grows"
+    "MIME: a label matrix that only grows."
 
     state = ("labels",)
 
@@ -317,7 +317,7 @@ class Mime(Objective):
 
 
 class Smile(Objective):
-    "SMILE: the classifier and its enhanced labels teach each other"
+    "SMILE: the classifier and its enhanced labels teach each other."
 
     def loss(self, output, batch, pseudo):
         r = self.recipe
@@ -363,7 +363,7 @@ def build_objective(
     truth=None,
     seed=0,
 ):
-    "The objective of a run; its tensors live where `observed` does"
+    "The objective of a run; its tensors live where `observed` does."
     if name not in OBJECTIVES:
         raise unknown("loss", name, OBJECTIVES)
     return OBJECTIVES[name](recipe, n_images, n_classes, observed, truth=truth, seed=seed)

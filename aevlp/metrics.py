@@ -16,7 +16,7 @@ def average_precision(
     targets,  # (N, C) 1 = positive, -1 = unknown, left out of its class; anything else = negative
     empty=0.0,  # AP of a class without positives
 ):  # (C,) float64 tensor in [0, 1]
-    "Average precision of every class at once, tied scores grouped"
+    "Average precision of every class at once, tied scores grouped."
     import torch  # here and below: a table of results needs this module's words, and no torch
 
     scores, targets = torch.as_tensor(scores), torch.as_tensor(targets)
@@ -50,7 +50,7 @@ def mean_average_precision(
     targets,  # (N, C) 1 = positive
     empty=0.0,  # AP of a class without positives; NaN leaves it out
 ) -> float:  # percent
-    "mAP over classes in percent"
+    "mAP over classes in percent."
     return 100 * average_precision(scores, targets, empty).nanmean().item()
 
 # %% ../nbs/00_metrics.ipynb #31b3a954
@@ -69,7 +69,7 @@ MEASURES = dict(
 
 
 def _places(scores, observed):
-    "For every picture and class: how many classes score higher, how many as high or higher, and whether it is given"
+    "For every picture and class: how many classes score higher, how many as high or higher, and whether it is given."
     import torch
 
     scores, given = torch.as_tensor(scores).cpu(), torch.as_tensor(observed).cpu() == 1
@@ -84,7 +84,7 @@ def _places(scores, observed):
 
 
 def _of_given(values, given):
-    "Mean of a picture's given labels, NaN without any"
+    "Mean of a picture's given labels, NaN without any."
     return ((values * given).sum(1) / given.sum(1)).numpy()
 
 
@@ -101,7 +101,7 @@ def recall_at(
     scores,  # (N, C) floats, higher is more positive
     observed,  # (N, C) 1 = given as a positive
 ) -> np.ndarray:  # (N,) in [0, 1], NaN where nothing is given
-    "Share of the given labels of each picture that are among its `k` highest scores"
+    "Share of the given labels of each picture that are among its `k` highest scores."
     return _recall(k, *_places(scores, observed))
 
 
@@ -109,7 +109,7 @@ def rank_of_given(
     scores,  # (N, C) floats, higher is more positive
     observed,  # (N, C) 1 = given as a positive
 ) -> np.ndarray:  # (N,) from 1 to C, NaN where nothing is given
-    "Mean rank of the given labels of each picture among all classes; tied scores share theirs"
+    "Mean rank of the given labels of each picture among all classes; tied scores share theirs."
     return _rank(*_places(scores, observed))
 
 # %% ../nbs/00_metrics.ipynb #cdf22c99
@@ -118,7 +118,7 @@ def bootstrap_weights(
     replicates: int = 500,
     seed: int = 0,
 ) -> np.ndarray:  # (n, 1 + replicates) float32; the first column is all ones, the others sum to n
-    "How often each picture is drawn, n times with replacement; before that, once each"
+    "How often each picture is drawn, n times with replacement; before that, once each."
     rng, out = np.random.default_rng(seed), np.ones((n, 1 + replicates), np.float32)
     for i in range(1, 1 + replicates):
         out[:, i] = np.bincount(rng.integers(0, n, n), minlength=n)
@@ -126,7 +126,7 @@ def bootstrap_weights(
 
 
 def _sums(scores, positive, rows, weights):
-    "At each distinct score of a positive, falling: weight of positives and of all, before it and with it"
+    "At each distinct score of a positive, falling: weight of positives and of all, before it and with it."
     from scipy.sparse import csr_matrix
 
     order = np.argsort(-scores, kind="stable")
@@ -159,7 +159,7 @@ def _doubles(scores):  # array or tensor
 
 
 def _classes(measure, scores, positive, known, weights):
-    "`measure` of every class and draw"
+    "`measure` of every class and draw."
     scores = _doubles(scores)
     out = np.full((scores.shape[1], weights.shape[1]), np.nan)
     with np.errstate(invalid="ignore", divide="ignore"):  # 0 / 0 is the NaN of a draw without a positive
@@ -174,7 +174,7 @@ def weighted_ap(
     targets,  # (N, C) 1 = positive, -1 = unknown
     weights,  # (N, B) how often each picture counts, for B measurements at once
 ) -> np.ndarray:  # (C, B) in [0, 1]; NaN for a class without a positive that counts
-    "Average precision of each class, tied scores grouped"
+    "Average precision of each class, tied scores grouped."
     return _classes(_ap, scores, np.asarray(targets) == 1, np.asarray(targets) != -1, weights)
 
 # %% ../nbs/00_metrics.ipynb #98dff52b
@@ -183,7 +183,7 @@ def auc_observed(
     observed,  # (N, C) 1 = given as a positive; all others are held against it
     weights=None,  # (N, B) of `bootstrap_weights`
 ) -> np.ndarray:  # (C,), or (C, B), in [0, 1]; NaN for a class without a given label
-    "Area under the ROC curve of the given labels of each class against all other pictures"
+    "Area under the ROC curve of the given labels of each class against all other pictures."
     given = np.asarray(observed) == 1
     if weights is not None:
         return _classes(_auc, scores, given, np.ones_like(given), weights)
@@ -199,7 +199,7 @@ def auc_observed(
 def class_mean(
     values,  # (C,) floats, NaN for no evidence
 ) -> float | None:  # None where there is no evidence at all
-    "Mean over the classes that have a value"
+    "Mean over the classes that have a value."
     import torch
 
     values = torch.as_tensor(values)
@@ -207,14 +207,14 @@ def class_mean(
 
 
 def nanmean(values, axis):
-    "Mean of what is there, NaN where nothing is"
+    "Mean of what is there, NaN where nothing is."
     there = ~np.isnan(values)
     with np.errstate(invalid="ignore"):
         return np.where(there, values, 0).sum(axis) / there.sum(axis)
 
 
 def _interval(draws, reflect=False):
-    "[value, low, high] of a value and its draws; None where there is no value, or no draw"
+    "[value, low, high] of a value and its draws; None where there is no value, or no draw."
     value, draws = draws[0], draws[1:][~np.isnan(draws[1:])]
     if np.isnan(value):
         return None
@@ -234,7 +234,7 @@ def map_interval(
     replicates: int = 500,
     seed: int = 0,
 ) -> list | None:  # mAP, its lower and its upper bound, percent; None where no class has an AP
-    "mAP with its 95 % interval over pictures"
+    "mAP with its 95 % interval over pictures."
     targets, point = np.asarray(targets), average_precision(scores, targets, np.nan).cpu().numpy()
     weights = bootstrap_weights(len(targets), replicates, seed)
     aps = weighted_ap(scores, targets, weights)
@@ -250,7 +250,7 @@ def single_positive(
 ) -> (
     dict
 ):  # of `MEASURES` but mAP: [value, low, high], percent (the rank: a place from 1 on); None where nothing is given
-    "What the given labels of a split say of the scores, with 95 % intervals over pictures"
+    "What the given labels of a split say of the scores, with 95 % intervals over pictures."
     weights, places = bootstrap_weights(len(scores), replicates, seed), _places(scores, observed)
     pictures = {f"recall@{k}": 100 * _recall(k, *places) for k in (1, 3, 5)} | {"mean_rank": _rank(*places)}
     out = {"auc_observed": _interval(100 * nanmean(auc_observed(scores, observed, weights), 0))}
@@ -266,7 +266,7 @@ def headline(
     metrics: dict,  # as metrics.json
     split: str = "test",  # or 'val'
 ) -> tuple:  # (what was measured: a key of `MEASURES`, [value, low, high] in percent); (None, None) where nothing was
-    "What a run is spoken of by: mAP where the truth is known, else AUC (given labels)"
+    "What a run is spoken of by: mAP where the truth is known, else AUC (given labels)."
     value, said = metrics.get(f"{split}_map"), metrics.get(split) or {}
     if value is not None:
         return "map", said.get("map") or [value, None, None]
@@ -282,7 +282,7 @@ def pseudo_label_quality(
     observed,  # (N, C) nonzero where the label is known
     truth,  # (N, C) in {0, 1}, -1 where it is unknown
 ) -> dict:  # precision, recall, negative_precision in [0, 1] or NaN; counts tp, fp, missing
-    "Precision and recall of pseudo-labels on labels that were not observed (paper, Table 3)"
+    "Precision and recall of pseudo-labels on labels that were not observed (paper, Table 3)."
     import torch
 
     pseudo, observed, truth = torch.as_tensor(pseudo), torch.as_tensor(observed), torch.as_tensor(truth)
@@ -300,7 +300,7 @@ def pseudo_label_quality(
 
 # %% ../nbs/00_metrics.ipynb #e3e5871b
 class PseudoLabelMeter:
-    "Collects the pseudo-labels of an epoch, and their union over epochs"
+    "Collects the pseudo-labels of an epoch, and their union over epochs."
 
     def __init__(
         self,
@@ -320,13 +320,13 @@ class PseudoLabelMeter:
         ids,  # (B,) positions in the training split
         pseudo,  # (B, C) in {-1, 0, 1}
     ):
-        "Take the labels of a batch; a row given twice keeps the later ones"
+        "Take the labels of a batch; a row given twice keeps the later ones."
         import torch
 
         self.pseudo[torch.as_tensor(ids).cpu()] = torch.as_tensor(pseudo).cpu().to(torch.int8)
 
     def end_epoch(self) -> dict:  # precision, recall, accumulated_precision, accumulated_recall, negative_precision
-        "Close the epoch: its measures, also appended to `history`"
+        "Close the epoch: its measures, also appended to `history`."
         self.ever |= self.pseudo == 1
         nan = dict.fromkeys(("precision", "recall", "negative_precision"), float("nan"))
         now, union = (
@@ -346,11 +346,11 @@ class PseudoLabelMeter:
         return self.history[-1]
 
     def state_dict(self) -> dict:
-        "What a resumed run needs"
+        "What a resumed run needs."
         return dict(pseudo=self.pseudo.clone(), ever=self.ever.clone(), history=[dict(row) for row in self.history])
 
     def load_state_dict(self, state: dict):
-        "Go on from `state_dict()`"
+        "Go on from `state_dict()`."
         self.pseudo, self.ever, self.history = (
             state["pseudo"].clone(),
             state["ever"].clone(),

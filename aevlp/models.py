@@ -28,7 +28,7 @@ from .vlm import weights_of
 
 # %% ../nbs/13_models.ipynb #e228c01f
 def _made(make, name):
-    "`make()`, with what goes wrong in one sentence"
+    "`make()`, with what goes wrong in one sentence."
     try:
         return make()
     except OSError as e:
@@ -48,7 +48,7 @@ def _first_line(error):
 
 # %% ../nbs/13_models.ipynb #41f084d2
 class _Timm(nn.Module):
-    "A timm model without its classifier"
+    "A timm model without its classifier."
 
     def __init__(self, name, **kwargs):
         super().__init__()
@@ -70,7 +70,7 @@ class _Timm(nn.Module):
 
 # %% ../nbs/13_models.ipynb #41ffc085
 class _ClipTower(nn.Module):
-    "The image tower of an open_clip model"
+    "The image tower of an open_clip model."
 
     def __init__(self, name, image_size, pretrained):  # open_clip's name, S, tag or file
         super().__init__()
@@ -91,7 +91,7 @@ class _ClipTower(nn.Module):
 
 
 class _Frozen(nn.Module):
-    "Embeddings in place of pictures, standardised; with a hidden layer where the recipe asks for one"
+    "Embeddings in place of pictures, standardised; with a hidden layer where the recipe asks for one."
 
     cfg = dict(mean=(), std=())
 
@@ -113,7 +113,7 @@ _WRAPPERS, _PREFIXES = ("state_dict", "model", "model_state_dict"), ("module.", 
 
 
 def read_weights(path):  # .safetensors, .pth, .pt or .bin
-    "A local file's tensors by name, unwrapped from checkpoints and DataParallel"
+    "A local file's tensors by name, unwrapped from checkpoints and DataParallel."
     path = Path(path)
     if not path.is_file():
         raise AevlpError(f"{path}: no such weight file; backbone_weights is hub, none, shipped or a file.")
@@ -141,7 +141,7 @@ def read_weights(path):  # .safetensors, .pth, .pt or .bin
 
 # %% ../nbs/13_models.ipynb #b8c9e6b0
 def _refuse_misfits(path, found, wanted, of):
-    "Every tensor of `wanted` must be in `found` with its shape, and no other"
+    "Every tensor of `wanted` must be in `found` with its shape, and no other."
     shapes = [
         f"{k} {tuple(found[k].shape)} instead of {tuple(wanted[k].shape)}"
         for k in wanted
@@ -160,7 +160,7 @@ def _refuse_misfits(path, found, wanted, of):
 
 
 def load_backbone(backbone, path):  # a module, its weight file
-    "Loads a local weight file into `backbone`; its classifier is left out, everything else must fit"
+    "Loads a local weight file into `backbone`; its classifier is left out, everything else must fit."
     found, wanted = read_weights(path), backbone.net.state_dict()
     head = backbone.cfg.get("classifier") or "fc"
     heads = tuple(h + "." for h in ([head] if isinstance(head, str) else head))
@@ -173,7 +173,7 @@ FROZEN = "frozen"
 
 
 def build_backbone(recipe, width=None):  # of the embeddings of a frozen backbone
-    "The backbone of `recipe` with its weights"
+    "The backbone of `recipe` with its weights."
     name, weights, size = recipe.backbone, recipe.backbone_weights, recipe.image_size
     if name == FROZEN:
         return _Frozen(width, recipe.frozen_hidden)
@@ -190,7 +190,7 @@ def build_backbone(recipe, width=None):  # of the embeddings of a frozen backbon
 
 # %% ../nbs/13_models.ipynb #09b1c6ea
 class Output(NamedTuple):
-    "What a head with latents gives while training; in evaluation every classifier returns logits only"
+    "What a head with latents gives while training; in evaluation every classifier returns logits only."
 
     logits: Tensor  # (B, C)
     mu: Tensor  # latent means, (B, C, Z) for MIME, (B, Z) for SMILE
@@ -200,18 +200,18 @@ class Output(NamedTuple):
 
 
 def logits_of(output):  # a classifier's output
-    "Logits (B, C) of any head"
+    "Logits (B, C) of any head."
     return output.logits if isinstance(output, Output) else output
 
 
 class LinearHead(nn.Linear):
-    "One linear layer on pooled features"
+    "One linear layer on pooled features."
 
     needs_map = False
 
 
 class BoostHead(nn.Module):
-    "BoostLU: class activation map, positive part times `alpha`, spatial mean"
+    "BoostLU: class activation map, positive part times `alpha`, spatial mean."
 
     needs_map = True
 
@@ -225,7 +225,7 @@ class BoostHead(nn.Module):
 
 # %% ../nbs/13_models.ipynb #2c8882f6
 def sine_positions(height, width, channels, device=None):
-    "2-D sine positions -> (height * width, channels): half of the channels for y, half for x"
+    "2-D sine positions -> (height * width, channels): half of the channels for y, half for x."
     rate = 10000 ** (-torch.arange(0, channels // 2, 2, device=device) / (channels // 2))
 
     def one(n):
@@ -242,7 +242,7 @@ def sine_positions(height, width, channels, device=None):
 
 
 class _AttentionLayer(nn.Module):
-    "A transformer layer: what attends, to what, and what it takes from there are given apart"
+    "A transformer layer: what attends, to what, and what it takes from there are given apart."
 
     def __init__(self, width, heads, ffn, dropout):
         super().__init__()
@@ -259,7 +259,7 @@ class _AttentionLayer(nn.Module):
 
 # %% ../nbs/13_models.ipynb #104010c0
 class MimeHead(nn.Module):
-    "MIME: a latent per class under an information bottleneck"
+    "MIME: a latent per class under an information bottleneck."
 
     needs_map = True
 
@@ -280,7 +280,7 @@ class MimeHead(nn.Module):
         )
 
     def decode(self, features):  # (B, F, h, w) -> (B, C, width)
-        "One vector a class: positions and queries say where to look, and are not part of what is found"
+        "One vector a class: positions and queries say where to look, and are not part of what is found."
         x = self.project(features)
         positions, x = sine_positions(*x.shape[2:], x.shape[1], x.device).to(x.dtype), x.flatten(2).transpose(1, 2)
         memory = self.encoder(x, x + positions, x + positions, x)
@@ -299,7 +299,7 @@ class MimeHead(nn.Module):
 
 # %% ../nbs/13_models.ipynb #8d6427b7
 class SmileHead(nn.Module):
-    "SMILE: linear classifier beside a variational label enhancement"
+    "SMILE: linear classifier beside a variational label enhancement."
 
     needs_map = False
 
@@ -345,7 +345,7 @@ def _build_head(name, backbone, n_classes, recipe):
 
 # %% ../nbs/13_models.ipynb #f6af1150
 class Classifier(nn.Module):
-    "A backbone and a head; `mean`, `std` and `image_size` say what pictures it wants"
+    "A backbone and a head; `mean`, `std` and `image_size` say what pictures it wants."
 
     def __init__(self, backbone, head, image_size):
         super().__init__()
@@ -356,7 +356,7 @@ class Classifier(nn.Module):
         return self.head(self.backbone.map(x) if self.head.needs_map else self.backbone(x))
 
     def param_groups(self, lr, head_lr, weight_decay=0.0):
-        "Groups for an optimizer: the backbone at `lr`, the head at `head_lr`"
+        "Groups for an optimizer: the backbone at `lr`, the head at `head_lr`."
         groups = [
             dict(name=n, params=[p for p in m.parameters() if p.requires_grad], lr=r, weight_decay=weight_decay)
             for n, m, r in (("backbone", self.backbone, lr), ("head", self.head, head_lr))
@@ -370,7 +370,7 @@ def build_model(
     head="linear",  # one of `HEADS`
     width=None,
 ):  # of the embeddings, where the backbone is 'frozen'
-    "The classifier of `recipe`; random parts come from torch's global generator"
+    "The classifier of `recipe`; random parts come from torch's global generator."
     if head not in HEADS:
         raise AevlpError(f"head '{head}' should be one of {', '.join(HEADS)}.")
     backbone = build_backbone(recipe, width)
@@ -381,7 +381,7 @@ def build_model(
 # %% ../nbs/13_models.ipynb #180a7283
 @contextmanager
 def offline():
-    "Inside, Hugging Face's hub is not asked: what is in its cache is used, and no more"
+    "Inside, Hugging Face's hub is not asked: what is in its cache is used, and no more."
     before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
     try:
         yield
@@ -390,7 +390,7 @@ def offline():
 
 
 def _needs_no_network(name):  # of a backbone
-    "Whether it is an architecture that timm or open_clip can build by itself"
+    "Whether it is an architecture that timm or open_clip can build by itself."
     if not name.startswith("clip:"):
         return name == FROZEN or timm.is_model(name)
     config = (
@@ -407,7 +407,7 @@ def described_model(
     head,  # one of `HEADS`
     path,
 ):  # the weight file
-    "The classifier that a weight file describes, with its weights; nothing is fetched"
+    "The classifier that a weight file describes, with its weights; nothing is fetched."
     if not _needs_no_network(recipe.backbone):
         raise AevlpError(
             f"{path}: its backbone '{recipe.backbone}' is none that can be built without a network; train the run "

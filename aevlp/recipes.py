@@ -19,7 +19,7 @@ from .data import AevlpError, nearest
 # %% ../nbs/09_recipes.ipynb #ab89acd0
 @dataclass(frozen=True, kw_only=True)
 class _Training:
-    "How the classifier is trained, whatever the method"
+    "How the classifier is trained, whatever the method."
 
     epochs: int  # E
     batch_size: int  # images per step, over all ranks
@@ -52,7 +52,7 @@ class _Training:
 # %% ../nbs/09_recipes.ipynb #f397c8f0
 @dataclass(frozen=True, kw_only=True)
 class _Loss(_Training):
-    "What the losses need"
+    "What the losses need."
 
     q1: float  # GR's exponent where a label is taken as negative
     q2: float  # GR's exponent where it is taken as a missed positive
@@ -77,7 +77,7 @@ class _Loss(_Training):
 # %% ../nbs/09_recipes.ipynb #51604b16
 @dataclass(frozen=True, kw_only=True)
 class _Methods(_Loss):
-    "What single methods need"
+    "What single methods need."
 
     em_alpha: float  # EM, EM+APL, VLPL: weight of the entropy
     apl_beta: float  # EM+APL: weight of soft negatives
@@ -105,7 +105,7 @@ class _Methods(_Loss):
 # %% ../nbs/09_recipes.ipynb #2c9326d4
 @dataclass(frozen=True, kw_only=True)
 class Recipe(_Methods):
-    "Everything that decides a run but its data, its method's name and its seed"
+    "Everything that decides a run but its data, its method's name and its seed."
 
     clip: str  # open_clip model name
     clip_weights: str  # open_clip's pretrained tag or a local file; '' = what ships
@@ -153,7 +153,7 @@ DATASETS = ("voc", "coco", "nus", "cub", "glyphs")
 
 @dataclass(frozen=True)
 class Setting:
-    "One value with its source"
+    "One value with its source."
 
     field: str  # of `Recipe`
     source: str  # where the value comes from
@@ -166,7 +166,7 @@ class Setting:
 
 
 def _s(name, source, *values, methods=(), fidelity=""):
-    "A setting; one value stands for all data sets"
+    "A setting; one value stands for all data sets."
     values = values * len(DATASETS) if len(values) == 1 else values
     assert len(values) == len(DATASETS), name
     return Setting(name, source, values, methods, fidelity)
@@ -358,7 +358,7 @@ TOKENS = (
 # %% ../nbs/09_recipes.ipynb #e8265084
 @dataclass(frozen=True)
 class Switch:
-    "One difference between the paper and the released code"
+    "One difference between the paper and the released code."
 
     number: int  # as listed in the docs
     item: str
@@ -584,7 +584,7 @@ _UNIT = (
 
 # %% ../nbs/09_recipes.ipynb #86c884a1
 def _typed(key, value):
-    "`value` as the type of field `key`; a sentence if that cannot be"
+    "`value` as the type of field `key`; a sentence if that cannot be."
     if key not in FIELDS:
         raise AevlpError(f"no setting is called '{key}'; the nearest is '{nearest(key, FIELDS)}'.")
     kind, given = FIELDS[key], value
@@ -609,7 +609,7 @@ def _typed(key, value):
 
 # %% ../nbs/09_recipes.ipynb #9f58d53c
 def _check(key, value):
-    "A sentence if `value` is out of the range of field `key`"
+    "A sentence if `value` is out of the range of field `key`."
     if key in _CHOICES and value not in _CHOICES[key]:
         raise AevlpError(f"{key}={value!r} should be one of {', '.join(map(str, _CHOICES[key]))}.")
     if key == "with_clip" and value:
@@ -636,7 +636,7 @@ _SMALL_MIME = dict(mime_width=256, mime_ffn=1024, mime_z=64)  # VOC's transforme
 
 
 def from_settings(values):  # {field: value}, from a file that anybody may have written
-    "The recipe that they are, each checked"
+    "The recipe that they are, each checked."
     return Recipe(**{k: _checked(k, v) for k, v in values.items()})
 
 
@@ -647,20 +647,20 @@ def _checked(key, value):
 
 
 def _names(method):
-    "The names by which settings may know a method: itself, its loss, '+' and its labeler"
+    "The names by which settings may know a method: itself, its loss, '+' and its labeler."
     loss, _, labeler = ALIASES.get(method, method).partition("+")
     return {method, loss, "+" + labeler}
 
 
 def _head_alone(overrides):
-    "The names by which settings know a frozen backbone"
+    "The names by which settings know a frozen backbone."
     if overrides.get("backbone") != "frozen":
         return set()
     return {"frozen", "frozen-hidden"} if overrides.get("frozen_hidden") else {"frozen"}
 
 # %% ../nbs/09_recipes.ipynb #f13e15a7
 def _resolve(dataset, method, fidelity, also=frozenset()):
-    "Settings that apply, last wins -> {field: (value, source)}"
+    "Settings that apply, last wins -> {field: (value, source)}."
     if fidelity not in FIDELITIES:
         raise AevlpError(f"fidelity '{fidelity}' should be 'paper' or 'released'.")
     known = dataset in DATASETS
@@ -674,7 +674,7 @@ def _resolve(dataset, method, fidelity, also=frozenset()):
 
 
 def estimates(data):  # a `LabelledImages`
-    "Of a data set without published values: positives per image of its fully known validation pictures"
+    "Of a data set without published values: positives per image of its fully known validation pictures."
     if data.truth is None:
         return {}
     rows = [i for i in data.splits.get("val", ()) if (data.truth[i] >= 0).all()]
@@ -691,12 +691,12 @@ def recipe(
     data=None,  # `LabelledImages`: fills in `estimates` where `dataset` is not a known one
     **overrides,
 ):  # fields of `Recipe`, as their type or as text
-    "The recipe of `method` on `dataset`"
+    "The recipe of `method` on `dataset`."
     return Recipe(**{k: v for k, (v, _) in _sourced(dataset, method, fidelity, data, overrides).items()})
 
 # %% ../nbs/09_recipes.ipynb #1041d799
 def _sourced(dataset, method, fidelity, data, overrides):
-    "{field: (value, source)} with estimates and overrides, checked"
+    "{field: (value, source)} with estimates and overrides, checked."
     overrides = {k: _typed(k, v) for k, v in overrides.items()}
     out = _resolve(dataset, method, fidelity, _head_alone(overrides))
     if data is not None and dataset not in DATASETS:
@@ -722,7 +722,7 @@ def as_table(
     fidelity="paper",
     **overrides,
 ):
-    "Values with their sources, one row a field"
+    "Values with their sources, one row a field."
     datasets = DATASETS if dataset is None else (dataset,)
     found = {d: _sourced(d, method, fidelity, None, overrides) for d in datasets}
     rows = [{"field": f, **{d: found[d][f][0] for d in datasets}, "source": found[datasets[0]][f][1]} for f in FIELDS]
@@ -733,7 +733,7 @@ SOURCES = {f: tuple(dict.fromkeys(s.source for s in SETTINGS if s.field == f)) f
 
 # %% ../nbs/09_recipes.ipynb #0145803a
 def released_switches(dataset="voc"):
-    "The differences between the paper and the released code, one a row, with both values"
+    "The differences between the paper and the released code, one a row, with both values."
     paper, column = _resolve(dataset, "aevlp", "paper"), DATASETS.index(dataset if dataset in DATASETS else "voc")
     rows = [
         dict(
@@ -754,7 +754,7 @@ def released_switches(dataset="voc"):
 
 # %% ../nbs/09_recipes.ipynb #16d10a23
 def parse_overrides(pairs):  # ['lr=1e-4', 'grid=3']
-    "`key=value` texts -> dict with the types of the fields"
+    "`key=value` texts -> dict with the types of the fields."
     out = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
@@ -768,7 +768,7 @@ def should_stop(
     rule,  # `Recipe.early_stop`
     scores,
 ):  # of validation in percent, by the rule that selects, one per epoch so far
-    "Whether training ends after the last of `scores`"
+    "Whether training ends after the last of `scores`."
     if rule == "none" or len(scores) < 2:
         return False
     best, last = max(scores), scores[-1]

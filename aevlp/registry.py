@@ -14,7 +14,7 @@ from .data import AevlpError, nearest
 # %% ../nbs/08_registry.ipynb #350b8514
 @dataclass(frozen=True)
 class Method:
-    "A row of the tables"
+    "A row of the tables."
 
     name: str
     title: str  # the paper's row name
@@ -153,18 +153,18 @@ TABLE2 = ("bce+random", "gpr+random", "vlpl", "gpr+vlpl", "ll-ct", "gpr+ll-ct", 
 
 # %% ../nbs/08_registry.ipynb #17612d22
 def scorers() -> list:
-    "Names of what can be asked without training, those of your own included"
+    "Names of what can be asked without training, those of your own included."
     own = sys.modules.get("aevlp.scorers")  # imports torch; what is not imported, nobody has added to
     return list(dict.fromkeys([m.scorer for m in METHODS.values() if m.scorer] + list(own.SCORERS if own else ())))
 
 
 def unknown(kind, name, known):  # 'method', what was given, the names that are known
-    "The error for a name that is none, with the nearest"
+    "The error for a name that is none, with the nearest."
     return AevlpError(f"no {kind} is called '{name}'; the nearest is '{nearest(name, known)}'.")
 
 
 def get(name):  # a name of `METHODS`, or any 'loss+labeler'
-    "The method of that name"
+    "The method of that name."
     for method in METHODS.values():
         if name == method.name or method.objective and name == f"{method.objective}+{method.labeler}":
             return method

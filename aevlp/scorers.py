@@ -20,7 +20,7 @@ from .vlm import dense_tokens, similarities, text_prototypes
 
 # %% ../nbs/11_scorers.ipynb #1d365bda
 class Scorer(nn.Module):
-    "What CLIP says of pictures; subclasses say what it is shown and how its answer is read"
+    "What CLIP says of pictures; subclasses say what it is shown and how its answer is read."
 
     tokens, noise = False, False  # dense tokens in place of views; G on the prototypes, which belongs to DAMP
     kept = ("prototypes",)  # what a run keeps of it
@@ -89,14 +89,14 @@ class Scorer(nn.Module):
 
     @torch.no_grad()
     def over(self, data, split, bank_root=None):  # -> (n, C) float32
-        "Scores of a split, in the order of its ids, through the bank"
+        "Scores of a split, in the order of its ids, through the bank."
         empty = torch.empty(0, len(self.class_names))
         found = self.eyes.split(data, split, bank_root)
         return torch.cat([empty, *(self.read(e.to(self.clip.device).float()).cpu() for e in found)]).numpy()
 
 # %% ../nbs/11_scorers.ipynb #189aee65
 class WholeScorer(Scorer):
-    "Softmax of the whole picture"
+    "Softmax of the whole picture."
 
     def look(self):
         return Eyes(self.clip, None, 0)
@@ -106,14 +106,14 @@ class WholeScorer(Scorer):
 
 
 class ViewsScorer(Scorer):
-    "Mean over the softmax of the views"
+    "Mean over the softmax of the views."
 
     def read(self, embeddings):
         return similarities(embeddings, self.prototypes, self.recipe.temperature).mean(1)
 
 
 class DampScorer(Scorer):
-    "DAMP's final score where nothing is observed"
+    "DAMP's final score where nothing is observed."
 
     noise = True
 
@@ -131,7 +131,7 @@ class DampScorer(Scorer):
 
 # %% ../nbs/11_scorers.ipynb #c0515347
 class TokensScorer(DampScorer):
-    "DAMP's final score, with dense tokens as patches"
+    "DAMP's final score, with dense tokens as patches."
 
     tokens, noise = True, False
 
@@ -145,7 +145,7 @@ def gaussians(
     probs,  # (n, C) their class probabilities; the largest says whose they are
     text,  # (C, K) prototypes, the means of classes without a token
 ) -> tuple:  # weight (K, C), bias (C,): float32
-    "A linear classifier from one Gaussian a class with a common, shrunk covariance"
+    "A linear classifier from one Gaussian a class with a common, shrunk covariance."
     tokens, probs, means, won = tokens.double(), probs.double(), text.double().clone(), probs.argmax(1)
     for c in won.unique().tolist():
         share = probs[won == c, c]
@@ -163,7 +163,7 @@ def surest(
     probs,  # (n, K), (n, C)
     most: int,  # of a class
 ) -> tuple:  # tokens and probabilities, fewer
-    "Of each class the tokens that it wins with the least entropy"
+    "Of each class the tokens that it wins with the least entropy."
     entropy, won = -(probs * probs.clamp(min=1e-10).log()).sum(1), probs.argmax(1)
     order = entropy.argsort(stable=True)
     chosen = torch.cat([order[won[order] == c][:most] for c in won.unique()])
@@ -171,7 +171,7 @@ def surest(
 
 # %% ../nbs/11_scorers.ipynb #520482e6
 class PiaaScorer(Scorer):
-    "PIAA: Gaussians of the surest tokens of the training pictures"
+    "PIAA: Gaussians of the surest tokens of the training pictures."
 
     tokens, kept = True, ("prototypes", "weight", "bias")
 
@@ -218,7 +218,7 @@ def build_scorer(
     recipe,  # which CLIP, which views or tokens, temperatures
     device="cpu",
 ) -> Scorer:
-    "The scorer of that name; its own goes into `SCORERS` too"
+    "The scorer of that name; its own goes into `SCORERS` too."
     if name not in SCORERS:
         raise AevlpError(f"no scorer is called '{name}'; the nearest is '{nearest(name, SCORERS)}'.")
     return SCORERS[name](class_names, recipe, device).eval()
@@ -232,7 +232,7 @@ def split_scores(
     device="cpu",
     bank_root=None,
 ):  # folder of banks; None = the usual one, False = no bank
-    "What CLIP says of a split, (n, C) float32 in [0, 1], in the order of its ids"
+    "What CLIP says of a split, (n, C) float32 in [0, 1], in the order of its ids."
     return build_scorer(name, data.class_names, recipe, device).fit(data, bank_root).over(data, split, bank_root)
 
 # %% ../nbs/11_scorers.ipynb #f57361c7
@@ -242,7 +242,7 @@ FUSION_WEIGHTS = (0.25, 0.5, 1.0, 2.0, 4.0)
 def logit(
     probs,  # any shape, in [0, 1]
 ):  # float64, finite
-    "Log-odds"
+    "Log-odds."
     p = np.clip(np.asarray(probs, np.float64), 1e-6, 1 - 1e-6)
     return np.log(p) - np.log1p(-p)
 
@@ -252,14 +252,14 @@ def fuse(
     clip_probs,  # (n, C) of a scorer
     weight,
 ):  # w
-    "Both opinions as one, (n, C) float32 in [0, 1]"
+    "Both opinions as one, (n, C) float32 in [0, 1]."
     return (1 / (1 + np.exp(-logit(probs) - weight * logit(clip_probs)))).astype(np.float32)
 
 
 def mean_ap(
     probs, truth, empty=0.0
 ):  # (n, C) each, truth -1 = unknown; AP of a class without positives, NaN leaves it out
-    "mAP in percent over the classes of which anything is known; None where nothing is"
+    "mAP in percent over the classes of which anything is known; None where nothing is."
     known = (np.asarray(truth) >= 0).any(0)
     return class_mean(
         100 * average_precision(torch.as_tensor(probs), torch.as_tensor(truth), empty)[torch.as_tensor(known)]
@@ -271,7 +271,7 @@ def fusion_weight(
     clip_probs,  # (n, C) of the validation pictures that are wholly labelled
     targets,
 ) -> float:  # (n, C) in {0, 1}
-    "The weight with the highest mAP; 1 where there is no picture, and where none is better"
+    "The weight with the highest mAP; 1 where there is no picture, and where none is better."
     if not len(probs):
         return 1.0
     found = {w: mean_ap(fuse(probs, clip_probs, w), targets) for w in FUSION_WEIGHTS}
@@ -286,7 +286,7 @@ def beside_clip(
     device="cpu",
     bank_root=None,
 ) -> tuple:  # numbers of metrics.json, arrays of `clip.npz`
-    "What CLIP says of the pictures that a classifier has seen, and both opinions together"
+    "What CLIP says of the pictures that a classifier has seen, and both opinions together."
     scorer = build_scorer(name, data.class_names, recipe, device).fit(data, bank_root)
     clip = {split: scorer.over(data, split, bank_root) for split in probs}
     clean = np.flatnonzero(data.clean("val"))

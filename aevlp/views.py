@@ -24,7 +24,7 @@ AUGMENTATIONS = ("weak", "flip", "none")
 
 @dataclass(frozen=True)
 class ViewSettings:
-    "How an image becomes 1 + grid x grid views"
+    "How an image becomes 1 + grid x grid views."
 
     grid: int = 4  # g; R = g * g patches
     overlap: float = 0.2  # largest ratio by which a patch grows on each side, of its own width and height
@@ -56,7 +56,7 @@ _OP_RATE = 0.2
 
 @dataclass
 class ViewPlan:
-    "Where the views of a batch are and how each is augmented"
+    "Where the views of a batch are and how each is augmented."
 
     boxes: torch.Tensor  # (B, V, 4) int64 x0, y0, x1, y1, pixels of the image; view 0 is the whole image
     flip: torch.Tensor  # (B, V) bool
@@ -74,7 +74,7 @@ def draws(
     epoch: int,
     purpose: int = 0,  # separates streams: 0 views, 1 the classifier's flips
 ) -> np.ndarray:  # (B, count) float64 in [0, 1)
-    "Uniform numbers that are a function of seed, epoch and image id alone"
+    "Uniform numbers that are a function of seed, epoch and image id alone."
     rows = [
         np.random.Generator(np.random.Philox(key=[seed, purpose], counter=[0, 0, epoch, int(i)])).random(count)
         for i in ids
@@ -85,7 +85,7 @@ def draws(
 def _boxes(
     sizes, g, grow
 ):  # (B, 2) pixels, grid, (B or 1, R) enlargement as a share of the tile -> (B, 1 + R, 4) int64
-    "The whole image and its tiles, each grown on all sides and clipped"
+    "The whole image and its tiles, each grown on all sides and clipped."
     extent = np.asarray(sizes, dtype=np.float64).reshape(-1, 1, 2)[..., ::-1]
     row, column = np.divmod(np.arange(g * g), g)
     low = np.stack([column - grow, row - grow], -1) / g  # x, y of the upper left corner, as shares of the image
@@ -102,7 +102,7 @@ def view_plan(
     seed: int,
     epoch: int,  # from 1
 ) -> ViewPlan:
-    "The views of a batch in one epoch"
+    "The views of a batch in one epoch."
     n = settings.views
     u = draws(ids, n * _DRAWS, seed, epoch).reshape(-1, n, _DRAWS)
     boxes = _boxes(sizes, settings.grid, u[:, 1:, 0] * settings.overlap)
@@ -115,7 +115,7 @@ def evaluation_plan(
     sizes,  # (B, 2) height and width of each image, pixels
     settings: ViewSettings,
 ) -> ViewPlan:
-    "The views that judge a batch: no flip, no augmentation, every patch enlarged by half the largest ratio"
+    "The views that judge a batch: no flip, no augmentation, every patch enlarged by half the largest ratio."
     boxes = _boxes(sizes, settings.grid, np.full((1, settings.grid**2), settings.overlap / 2))
     shape = boxes.shape[:2]
     return ViewPlan(boxes, torch.zeros(shape, dtype=torch.bool), torch.full(shape, -1), torch.zeros(shape))
@@ -153,7 +153,7 @@ def _sharpen(x, strength):  # inside the border
 
 
 def _along_rows(values, width):  # (n, 3) -> (n, 3, 1, width)
-    "One value a channel, repeated along a row: torch then works on whole rows instead of three values at a time"
+    "One value a channel, repeated along a row: torch then works on whole rows instead of three values at a time."
     return values[:, None].expand(-1, width, -1).contiguous().permute(0, 2, 1)[:, :, None]
 
 # %% ../nbs/05_views.ipynb #274f19e5
@@ -178,7 +178,7 @@ _spare = {}
 
 
 def _fresh(*shape):  # float32, not initialised
-    "Memory for a batch on the CPU: that of an earlier batch of this shape, if it is free"
+    "Memory for a batch on the CPU: that of an earlier batch of this shape, if it is free."
     memory = _spare.pop(shape, None)
     if memory is None or sys.getrefcount(memory) > 2:
         memory = np.empty(shape, np.float32)
@@ -190,7 +190,7 @@ def _fresh(*shape):  # float32, not initialised
 
 # %% ../nbs/05_views.ipynb #e6679192
 def _on_cpu(images, plan, size, mean, std):  # -> (B, V, 3, size, size), channels last
-    "Image after image on the CPU, each straight into its place"
+    "Image after image on the CPU, each straight into its place."
     out = _fresh(*plan.flip.shape, size, size, 3).permute(0, 1, 4, 2, 3)
     mean, scale = _constants(tuple(mean), tuple(std), size, "cpu")
 
@@ -211,7 +211,7 @@ def _on_cpu(images, plan, size, mean, std):  # -> (B, V, 3, size, size), channel
 
 # %% ../nbs/05_views.ipynb #a5259649
 def _weights(low, high, length, size):  # (...), (...) pixels -> (..., size, length)
-    "Weights of a bilinear antialiased resize of [low, high) to `size` pixels"
+    "Weights of a bilinear antialiased resize of [low, high) to `size` pixels."
     scale = ((high - low) / size)[..., None]
     centre = low[..., None] + (torch.arange(size, device=low.device) + 0.5) * scale
     at = torch.arange(length, device=low.device) + 0.5
@@ -221,7 +221,7 @@ def _weights(low, high, length, size):  # (...), (...) pixels -> (..., size, len
 
 
 def _products(images, boxes, flip, size, device):  # -> (B, V, 3, size, size), 0 to 255
-    "All cuts of some images as two batched matrix products: rows, then columns"
+    "All cuts of some images as two batched matrix products: rows, then columns."
     height, width = (max(i.shape[d] for i in images) for d in (1, 2))
     kind = torch.float16 if torch.device(device).type == "cuda" else torch.float32
     padded = torch.zeros(len(images), height, 3, width, dtype=kind, device=device)
@@ -236,7 +236,7 @@ def _products(images, boxes, flip, size, device):  # -> (B, V, 3, size, size), 0
 
 
 def _on_device(images, plan, size, mean, std, device):  # -> (B, V, 3, size, size)
-    "All views of a batch at once"
+    "All views of a batch at once."
     longest = max(i.shape[1] for i in images) + 3 * max(i.shape[2] for i in images)
     n = max(1, 2**28 // (plan.flip.shape[1] * size * longest))  # images at a time: memory stays flat
     parts = [slice(i, i + n) for i in range(0, len(images), n)]
@@ -261,22 +261,22 @@ def make_views(
     settings: ViewSettings,
     device="cpu",
 ) -> torch.Tensor:  # (B, V, 3, S, S) float32, normalised; on the CPU channels last
-    "Cut, resize, flip, augment and normalise the views of a batch"
+    "Cut, resize, flip, augment and normalise the views of a batch."
     return _make(images, plan, settings.size, settings.mean, settings.std, device)
 
 # %% ../nbs/05_views.ipynb #45fbdc09
 def student_flips(ids, seed: int, epoch: int) -> torch.Tensor:  # (B,) bool
-    "Which images of a batch are flipped in an epoch: a function of seed, epoch and image id"
+    "Which images of a batch are flipped in an epoch: a function of seed, epoch and image id."
     return torch.from_numpy(draws(ids, 1, seed, epoch, purpose=1)[:, 0] < 0.5)
 
 
 def student_shifts(ids, largest: float, seed: int, epoch: int) -> torch.Tensor:  # (B, 2) in [-largest, largest)
-    "How far each image of a batch is moved right and down in an epoch, as shares of its width and height"
+    "How far each image of a batch is moved right and down in an epoch, as shares of its width and height."
     return torch.from_numpy((2 * draws(ids, 2, seed, epoch, purpose=2) - 1) * largest)
 
 
 def _mirrored(length: int, by: int):  # -> (length,) positions
-    "Where the pixels of a row come from that is moved by so many, mirrored at its ends"
+    "Where the pixels of a row come from that is moved by so many, mirrored at its ends."
     at = (torch.arange(length) - by).abs()
     return torch.where(at < length, at, 2 * (length - 1) - at)
 
@@ -286,7 +286,7 @@ def shifted(
     right: float,  # share of the width, below 1
     down: float,  # share of the height, below 1
 ):  # (3, H, W)
-    "The image moved by whole pixels, mirrored where it would be empty"
+    "The image moved by whole pixels, mirrored where it would be empty."
     height, width = image.shape[1:]
     return image[:, _mirrored(height, round(down * height))][:, :, _mirrored(width, round(right * width))]
 
@@ -300,7 +300,7 @@ def student_inputs(
     flip=None,  # (B,) bool
     shift=None,  # (B, 2) of `student_shifts`
 ) -> torch.Tensor:  # (B, 3, size, size) float32; on the CPU channels last
-    "Shift, squash, flip and normalise a batch"
+    "Shift, squash, flip and normalise a batch."
     if shift is not None:
         images = [shifted(image, *by) for image, by in zip(images, shift.tolist())]
     boxes = torch.tensor([[[0, 0, image.shape[2], image.shape[1]]] for image in images])

@@ -27,7 +27,7 @@ _CHUNK = 2**19  # pixels that go through the image tower at a time on the CPU
 
 
 def _tokens_first(model):
-    "The same transformer, with (L, N, D) inside instead of (N, L, D)"
+    "The same transformer, with (L, N, D) inside instead of (N, L, D)."
     for tower in model.modules():
         if type(tower) is not transformer.Transformer or any(
             type(b) is not transformer.ResidualAttentionBlock for b in tower.resblocks
@@ -39,7 +39,7 @@ def _tokens_first(model):
 
 # %% ../nbs/06_vlm.ipynb #f715a2df
 class Clip:
-    "A frozen CLIP: pixels and prompts in, embeddings out"
+    "A frozen CLIP: pixels and prompts in, embeddings out."
 
     def __init__(
         self,
@@ -99,7 +99,7 @@ def weights_of(
     name: str,  # open_clip's name of the architecture
     pretrained=None,  # its tag, a local file, 'none' = random; None = what ships for `name`
 ) -> dict:  # arguments of open_clip.create_model
-    "How open_clip is told where weights are; a tag also says which activation they were trained with"
+    "How open_clip is told where weights are; a tag also says which activation they were trained with."
     from aevlp import glyphs  # registers the small CLIP with open_clip
 
     if name not in open_clip.list_models():
@@ -130,7 +130,7 @@ def load_clip(
     device="cpu",
     precision="fp32",  # 'fp32' or 'bf16'
 ) -> Clip:
-    "CLIP by open_clip's name"
+    "CLIP by open_clip's name."
     where = weights_of(name, pretrained)
     try:
         model = open_clip.create_model(name, **where)
@@ -150,7 +150,7 @@ _attend = nn.functional.scaled_dot_product_attention
 
 
 def _positions(embedding, grid):  # (1 + n, D), (h, w) -> (1 + h w, D)
-    "Position embeddings of a class token and a square grid, for another grid"
+    "Position embeddings of a class token and a square grid, for another grid."
     side = math.isqrt(len(embedding) - 1)
     if (side, side) == tuple(grid):
         return embedding
@@ -200,7 +200,7 @@ def _resnet_tokens(tower, pixels, rule):
 
 
 def _dense(tower):
-    "The function that gives a tower's tokens, or None"
+    "The function that gives a tower's tokens, or None."
     if type(tower) is ModifiedResNet:
         return _resnet_tokens
     if type(tower) is not transformer.VisionTransformer or tower.attn_pool is not None or tower.pool_type != "tok":
@@ -214,7 +214,7 @@ def dense_tokens(
     pixels: Tensor,  # (M, 3, H, W) normalised, any size that the tower's patches divide
     rule: str = "sclip",  # of `TOKEN_RULES`
 ) -> tuple:  # (M, K) global embeddings, (M, h, w, K) tokens, neither normalised
-    "What one pass knows of the whole picture and of every place of it"
+    "What one pass knows of the whole picture and of every place of it."
     return _dense(tower)(tower, pixels, rule)
 
 # %% ../nbs/06_vlm.ipynb #6234e5c4
@@ -222,7 +222,7 @@ def dense_tokens(
 def token_grid(
     self: Clip, size: int = 0
 ) -> int:  # h = w of the tokens of a picture of `size` pixels, 0 = the tower's own
-    "How many tokens a side has; a tower without dense tokens, or a size that does not fit, is refused"
+    "How many tokens a side has; a tower without dense tokens, or a size that does not fit, is refused."
     tower, size = self.model.visual, size or self.image_size
     if _dense(tower) is None:
         raise AevlpError(
@@ -238,7 +238,7 @@ def token_grid(
 @patch
 @torch.inference_mode()
 def encode_tokens(self: Clip, pixels: Tensor, rule: str = "sclip") -> tuple:
-    "Global embeddings (M, K) and dense tokens (M, h, w, K) of one pass, float32, unit norm"
+    "Global embeddings (M, K) and dense tokens (M, h, w, K) of one pass, float32, unit norm."
     if rule not in TOKEN_RULES:
         raise AevlpError(f"token_rule={rule!r} should be one of {', '.join(TOKEN_RULES)}.")
     self.token_grid(pixels.shape[-1])
@@ -248,7 +248,7 @@ def encode_tokens(self: Clip, pixels: Tensor, rule: str = "sclip") -> tuple:
 
 # %% ../nbs/06_vlm.ipynb #707b5426
 def prompts(class_names, template: str = "a photo of a {}") -> list:  # underscores of a name become spaces
-    "One sentence per class"
+    "One sentence per class."
     if "{}" not in template:
         raise AevlpError(f"prompt={template!r} has no {{}} for the class name.")
     return [template.format(name.replace("_", " ")) for name in class_names]
@@ -259,7 +259,7 @@ def label_graph(
     neighbours: int = None,  # kept per class, itself included; None = all
     self_weight: float = 0.8,
 ) -> Tensor:  # (C, C) float32, rows sum to 1
-    "A* of section 5.1"
+    "A* of section 5.1."
     unit = nn.functional.normalize(text.float(), dim=-1)
     cosines = (unit @ unit.T).clamp(min=0)
     if neighbours and neighbours < len(text):
@@ -271,7 +271,7 @@ def label_graph(
 
 # %% ../nbs/06_vlm.ipynb #7c4ce2a3
 class GraphNoise(nn.Module):
-    "G of section 5.1: H_{l+1} = LeakyReLU(A* H_l W_l), frozen, uniform weights from a seed of its own"
+    "G of section 5.1: H_{l+1} = LeakyReLU(A* H_l W_l), frozen, uniform weights from a seed of its own."
 
     def __init__(
         self,
@@ -310,7 +310,7 @@ def text_prototypes(
     hidden: int = 1024,
     last_activation: bool = True,
 ) -> Tensor:  # (C, K) float32, unit norm
-    "t = G(E_t(P)) + E_t(P), section 5.1: computed once per run"
+    "t = G(E_t(P)) + E_t(P), section 5.1: computed once per run."
     text = clip.encode_text(prompts(class_names, template)).clone()
     if noise:
         g = GraphNoise(text.shape[1], layers, hidden, seed=seed, last_activation=last_activation).to(text.device)
@@ -323,5 +323,5 @@ def similarities(
     prototypes: Tensor,  # (C, K) unit norm
     temperature: float,  # tau > 0
 ) -> Tensor:  # (..., C) probabilities
-    "Softmax(cos / tau) of section 5.1"
+    "Softmax(cos / tau) of section 5.1."
     return ((embeddings @ prototypes.T) / temperature).softmax(-1)

@@ -97,7 +97,7 @@ def nodes(tree, inside=""):
 
 
 def mutants(source):
-    """{name: source of the whole module with one change}"""
+    """{name: source of the whole module with one change}."""
     lines, found = source.encode().splitlines(keepends=True), {}
     starts = [0]
     for line in lines:
@@ -165,7 +165,7 @@ def tested(copy, module, took=(), limit=1800.0):
 
 
 def run(module, args, copy):
-    """{outcome: names} of the mutants of a module"""
+    """{outcome: names} of the mutants of a module."""
     path, source = copy / f"aevlp/{module}.py", (ROOT / f"aevlp/{module}.py").read_text()
     known = tomllib.loads(EQUIVALENT.read_text()).get(module, {})
     every = mutants(source)

@@ -89,7 +89,7 @@ def build(data, clip_model, tmp_path, monkeypatch):
 
 
 def counted(eyes):
-    "The numbers of views that CLIP encodes from now on"
+    "The numbers of views that CLIP encodes from now on."
     seen, encode = [], eyes.clip.encode_images
 
     def count(pixels):
@@ -168,7 +168,7 @@ def test_piaa_labels_are_the_best_and_the_worst_of_its_scores(build, batch):
 
 
 def counted_tokens(eyes):
-    "The numbers of pictures whose tokens are read from now on"
+    "The numbers of pictures whose tokens are read from now on."
     seen, encode = [], eyes.clip.encode_tokens
     eyes.clip.encode_tokens = lambda pixels, rule: seen.append(len(pixels)) or encode(pixels, rule)
     return seen

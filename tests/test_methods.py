@@ -35,7 +35,7 @@ def logits_like(shape, seed=0):
 
 
 def output_of(name, logits):
-    "What a classifier gives for `name`: latents where its head has them"
+    "What a classifier gives for `name`: latents where its head has them."
     b, c = logits.shape
     if name == "mime":
         return Output(logits, torch.full((b, c, 3), 0.5), torch.full((b, c, 3), -0.1))
@@ -393,7 +393,7 @@ def test_gpr_follows_the_schedule_and_the_ablation_of_v4():
 
 
 def live(objective, name, epoch):
-    "One epoch of two steps"
+    "One epoch of two steps."
     objective.start_epoch(epoch, 3)
     groups = objective.param_groups(0.1)
     optimizer, out = torch.optim.SGD(groups) if groups else None, []
