@@ -424,7 +424,7 @@ def _check_splits(name, splits, n):
     for split, ids in splits.items():
         if ids.ndim != 1 or (len(ids) and (ids.min() < 0 or ids.max() >= n or (np.diff(ids) <= 0).any())):
             raise AevlpError(f"{name}: split {split} must be sorted positions below {n}, none twice")
-    every = np.concatenate([*splits.values(), np.empty(0, np.int64)])
+    every = np.concatenate([*splits.values(), np.array([], np.int64)])
     if len(np.unique(every)) != len(every):
         raise AevlpError(f"{name}: an image is in two splits")
 
@@ -452,7 +452,7 @@ def _stamp(path) -> tuple:  # whatever writes a file anew changes one of them
     try:
         found = os.stat(path)
     except (OSError, ValueError):
-        return -1, -1, -1
+        return (-1,) * 3
     return found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
@@ -495,7 +495,7 @@ def _contents(paths) -> np.ndarray:  # (N, 17) uint8
     known = {}
     with suppress(OSError, ValueError, KeyError, zipfile.BadZipFile):  # not there, or torn: computed anew
         with np.load(cache) as kept:
-            rows = zip(kept["names"], kept["stamps"].tolist(), kept["found"], strict=True)
+            rows = zip(kept["names"], kept["stamps"].tolist(), kept["found"])
             known = {name.tobytes(): (tuple(stamp), content.tobytes()) for name, stamp, content in rows}
     new = [i for i, name in enumerate(names) if known.get(name, ((), b""))[0] != stamps[i]]
     for i in progress(new, "hashing pictures"):
@@ -555,7 +555,7 @@ class LabelledImages:
         split: str,  # 'train', 'val' or 'test'
     ) -> np.ndarray:  # (n,) bool
         "Which pictures of a split have every label known."
-        ids = self.splits.get(split, np.empty(0, np.int64))
+        ids = self.splits.get(split, np.array([], np.int64))
         return np.zeros(len(ids), bool) if self.truth is None else (self.truth[ids] >= 0).all(1)
 
     @cached_property
@@ -626,7 +626,7 @@ OBSERVATIONS = ("uniform", "size", "frequency", "confidence", "fraction")
 
 def _phases(data) -> list:
     "Training with validation, then test: each is drawn from a fresh stream, as in the released label files."
-    none = np.empty(0, np.int64)
+    none = np.array([], np.int64)
     official = np.sort(np.concatenate([data.splits.get(s, none) for s in ("train", "val")]))
     return [official, data.splits.get("test", none)]
 

@@ -181,6 +181,26 @@ def test_a_jpeg_of_few_scans_is_read(tmp_path):
     assert decode(tmp_path / "a.jpg").shape == (36, 48, 3)
 
 
+def test_the_limits_are_where_they_are_said_to_be(tmp_path):
+    """A hundred million pixels, 400 MiB of memory, 600 million pixels times scans, two million in slow variants."""
+
+    def accepts(name, data):
+        (tmp_path / name).write_bytes(data + b"\0" * 1024)
+        try:
+            return decoded_bytes(tmp_path / name) > 0
+        except AevlpError:
+            return False
+
+    assert accepts("most.png", png_claiming(10_000, 10_000, 8, GREY))
+    assert not accepts("more.png", png_claiming(17, 5_882_353, 8, GREY))  # one pixel more
+    assert accepts("most.png", png_claiming(10_000, 5990)) and not accepts("more.png", png_claiming(10_000, 6000))
+    once = claiming_jpeg(20_000, 1500, 0).count(b"\xff\xda")
+    assert accepts("most.jpg", claiming_jpeg(20_000, 1500, 20 - once))
+    assert not accepts("more.jpg", claiming_jpeg(20_000, 1500, 21 - once))
+    assert accepts("most.ppm", b"P3 2000 1000 255\n" + b"7 " * 100)
+    assert not accepts("more.ppm", b"P3 2000 1001 255\n" + b"7 " * 100)
+
+
 LARGEST = {  # just below the limit of its kind
     "16bit.png": lambda: Image.fromarray(np.zeros((9000, 9200), np.uint16)),
     "rgba.png": lambda: Image.new("RGBA", (7600, 7800)),
