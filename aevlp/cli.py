@@ -107,9 +107,9 @@ Truth = Annotated[
 def _track(name):
     "Tell the runs of this command their tracker; a dask cluster's workers have their own $AEVLP_TRACKER."
     if name:
-        from aevlp import train
+        from aevlp.evidence import tracker_named
 
-        os.environ["AEVLP_TRACKER"] = train.tracker_named(name)
+        os.environ["AEVLP_TRACKER"] = tracker_named(name)
 
 # %% ../nbs/44_cli.ipynb #de548f74
 @app.command(epilog=_example("demo", "demo --seeds 3"))

@@ -24,10 +24,10 @@ import pandas as pd
 import torch
 from torch import nn
 
-from . import datasets, frozen, methods, outcome, plots, runs, scorers, train
+from . import batches, datasets, evidence, frozen, methods, outcome, plots, runs, scorers
 from .data import AevlpError, AevlpWarning, LabelledImages, decode, made_here, replacing, write_json, write_text
 from .metrics import ASSUMPTION, MEASURES
-from .models import FROZEN
+from .models import FROZEN, logits_of
 from .own import PICTURES
 from .views import evaluation_plan
 
@@ -36,7 +36,7 @@ def unchanged(
     run,  # folder of a run
 ) -> tuple:  # (the data set, None), or (None, why not)
     "The data of a run, where they are what they were."
-    settings, params = train._settings(run / "best.safetensors"), runs.read_params(run)
+    settings, params = evidence.run_settings(run / "best.safetensors"), runs.read_params(run)
     try:
         data = runs.load_data(params)
     except AevlpError as e:
@@ -51,7 +51,7 @@ def about(
     run,  # folder of a run
 ) -> dict:  # as `run.json`; 'note' where something is unknown
     "What a run keeps of its data, and whether they are still the same."
-    names, found = train._settings(run / "best.safetensors")["class_names"], outcome.about(run)
+    names, found = evidence.run_settings(run / "best.safetensors")["class_names"], outcome.about(run)
     if found and found["class_names"] != names:
         raise AevlpError(
             f"{run / 'run.json'}: class_names are not those of best.safetensors; put them right, or remove the file"
@@ -71,7 +71,7 @@ def thresholds(
 ) -> pd.Series:  # by class
     "Thresholds of a run, chosen on its validation split when it finished and kept in `thresholds.json`."
     run = runs.find(run, folder)
-    names = train._settings(run / "best.safetensors")["class_names"]
+    names = evidence.run_settings(run / "best.safetensors")["class_names"]
     if not (kept := outcome.thresholds(run, names)):
         kept = _made_again(run, device)
         try:
@@ -83,7 +83,7 @@ def thresholds(
 
 def _made_again(run, device) -> dict:
     "Thresholds of a run that has none: from what it kept of its validation split, else from its data."
-    val, names = outcome.scored(run, "val"), train._settings(run / "best.safetensors")["class_names"]
+    val, names = outcome.scored(run, "val"), evidence.run_settings(run / "best.safetensors")["class_names"]
     if val is not None and val.observed is not None:
         truth, given, probs = val.targets if about(run)["truth"] else None, val.observed, val.probs
     else:
@@ -96,8 +96,8 @@ def _made_again(run, device) -> dict:
                 f"{data.name} has no validation split to choose thresholds on; give one for all classes with "
                 "--threshold"
             )
-        model, settings, _ = train.load_run(run, device)
-        probs = train.predict(model, data, ids, settings["recipe"], device).cpu().numpy()
+        model, settings, _ = evidence.load_run(run, device)
+        probs = batches.predict(model, data, ids, settings["recipe"], device).cpu().numpy()
         truth, given = None if data.truth is None else data.truth[ids], data.observed[ids]
     found = outcome.class_thresholds(probs, truth, given)
     return {name: t for name, (t, _) in zip(names, found, strict=True)}
@@ -185,7 +185,7 @@ def fuse(
     data, why = unchanged(run)
     if data is None:
         raise AevlpError(f"run {run.name} cannot be joined with CLIP: {why}")
-    return train.fuse_run(run, data, scorer, device)
+    return evidence.fuse_run(run, data, scorer, device)
 
 # %% ../nbs/33_deploy.ipynb #fdd14780
 def _with_clip(run, settings, names, device) -> tuple:
@@ -206,7 +206,7 @@ def _with_clip(run, settings, names, device) -> tuple:
         cut = [t for t, _ in outcome.class_thresholds(scorers.fuse(val.probs, of_val, weight), truth, val.observed)]
 
     def ask(data):
-        return train.predict(scorer, data, np.arange(len(data)), settings["recipe"], device).cpu().numpy()
+        return batches.predict(scorer, data, np.arange(len(data)), settings["recipe"], device).cpu().numpy()
 
     return lambda data, probs: scorers.fuse(probs, ask(data), weight), np.array(cut)
 
@@ -229,7 +229,7 @@ def _predict_features(run, model, names, files, threshold, device, with_clip) ->
     read = [frozen.head_rows(f, len(model.backbone.mean)) for f in files]
     cut = thresholds(run, device).to_numpy() if threshold is None else threshold
     with torch.no_grad():
-        logits = train.logits_of(model(torch.cat([rows for rows, _ in read]).to(device)))
+        logits = logits_of(model(torch.cat([rows for rows, _ in read]).to(device)))
     ids = np.concatenate([np.asarray(ids).astype(str) for _, ids in read])
     return _predicted({"id": ids}, names, logits.float().sigmoid().cpu().numpy(), np.broadcast_to(cut, len(names)))
 
@@ -246,7 +246,7 @@ def predict(
 
     A run on imported features reads files of features instead: its first column is `id`."""
     run = runs.find(run, folder)
-    model, settings, names = train.load_run(run, device)
+    model, settings, names = evidence.load_run(run, device)
     if settings["recipe"].features:
         return _predict_features(run, model, names, images, threshold, device, with_clip)
     join, joint_cut = _with_clip(run, settings, names, device) if with_clip else (None, None)
@@ -265,7 +265,7 @@ def predict(
     data = LabelledImages(
         "pictures", np.array([str(p) for p in paths]), names, nothing, None, {"test": np.arange(len(paths))}
     )
-    probs = train.predict(model, data, np.arange(len(paths)), settings["recipe"], device).cpu().numpy()
+    probs = batches.predict(model, data, np.arange(len(paths)), settings["recipe"], device).cpu().numpy()
     return _predicted({"image": [str(p) for p in paths]}, names, join(data, probs) if join else probs, cut)
 
 # %% ../nbs/33_deploy.ipynb #1e1b0434
@@ -348,7 +348,7 @@ class _Probabilities(nn.Module):
         self.model = model
 
     def forward(self, pictures):
-        return torch.sigmoid(train.logits_of(self.model(pictures)))
+        return torch.sigmoid(logits_of(self.model(pictures)))
 
 
 def _write_onnx(model, example, out):
@@ -422,7 +422,7 @@ def export(
     if form not in writers:
         raise AevlpError(f"form '{form}' should be onnx or torchscript")
     run, (write, ending) = runs.find(run, folder), writers[form]
-    net, settings, names = train.load_run(run)
+    net, settings, names = evidence.load_run(run)
     size = settings["recipe"].image_size
     shape, wants = (3, size, size), dict(squash_to=size, mean=list(map(float, net.mean)), std=list(map(float, net.std)))
     if settings["recipe"].backbone == FROZEN:

@@ -46,7 +46,7 @@ class Embedded(Sequence):
 
 # %% ../nbs/14_frozen.ipynb #4111151e
 class Embeddings:
-    "The embeddings of a data set in any order, through the banks: for a head what `train.Pictures` is for a student."
+    "The embeddings of a data set in any order, through the banks: for a head what `batches.Pictures` is for a student."
 
     def __init__(
         self,

@@ -437,7 +437,8 @@ def milliseconds(
     "What a prediction takes of one core of this machine, decoding left out."
     import torch
 
-    from aevlp import models, scorers, train
+    from aevlp import models, scorers
+    from aevlp.batches import classifier_inputs
     from aevlp.data import decode, threads
 
     images = [torch.from_numpy(decode(data.paths[i])).permute(2, 0, 1) for i in data.splits["test"][:pictures]]
@@ -446,7 +447,8 @@ def milliseconds(
         for kind in kinds:
             if kind == "classifier":
                 model = models.build_model(replace(recipe, backbone_weights="none"), len(data.class_names)).eval()
-                found[kind] = _best_of_three(lambda: model(train._inputs(model, images, recipe, "cpu")), len(images))
+                seen = lambda: model(classifier_inputs(model, images, recipe, "cpu"))  # noqa: E731
+                found[kind] = _best_of_three(seen, len(images))
             else:
                 scorer = scorers.build_scorer(kind, data.class_names, recipe)
                 found[kind] = _best_of_three(lambda: scorer.scores(images), len(images))

@@ -111,21 +111,23 @@ def candidates(
     bank=True,  # as `train.fit`
 ) -> pd.DataFrame:  # epoch, test_map, and the columns of `rule_scores`
     "Train once more, and say of every few epochs what the rules say and what the test split says."
-    from aevlp import train
+    from aevlp.batches import deterministic
     from aevlp.data import threads
+    from aevlp.evidence import score
+    from aevlp.train import Training
 
     val, rows = data.splits["val"], []
     draws = review_draws(len(val))
     with TemporaryDirectory() as folder:
-        run = train.Training(data, method, recipe, seed, Path(folder) / "run", bank=bank)
-        run.prepare_folder()
-        with threads(recipe.threads), train.deterministic(run.device.type == "cpu"):
-            run.build()
+        run = Training(data, method, recipe, seed, Path(folder) / "run", bank=bank)
+        run.evidence.prepare()
+        with threads(recipe.threads), deterministic(run.device.type == "cpu"):
+            run.start()
             while run.at["epoch"] <= recipe.epochs:
-                run.train_epoch()
+                run.epoch()
                 epoch = run.end_epoch()["epoch"]
                 if epoch % every == 0:
-                    test = metrics.class_mean(run.score("test", run.probabilities("test"))[0])
+                    test = metrics.class_mean(score(data, data.splits["test"], run.probabilities("test"))[0])
                     said = rule_scores(
                         run.probabilities("val").cpu().numpy(), data.observed[val], data.truth[val], draws
                     )

@@ -19,13 +19,14 @@ from PIL import Image
 
 from . import datasets, draw, plots, runs
 from . import table as tables
+from .batches import predict
 from .damp import DampScores
 from .data import AevlpError, LabelledImages, decode, progress
+from .evidence import load_run
 from .eyes import Eyes, open_bank, prototypes, view_settings
 from .labelers import Batch, build_labeler, pseudo_labels
 from .recipes import recipe as find_recipe
 from .table import open_table
-from .train import load_run, predict
 from .views import evaluation_plan, view_plan
 from .vlm import load_clip, similarities
 

@@ -21,12 +21,13 @@ import torch
 from fastcore.basics import patch
 from sklearn.decomposition import PCA
 
+from .batches import predict
 from .data import AevlpError, home, replacing
+from .evidence import load_run
 from .eyes import Eyes, clip_of, open_bank, prototypes, view_settings
 from .labelers import pseudo_labels
 from .metrics import average_precision
 from .outcome import class_thresholds, thresholds
-from .train import load_run, predict
 from .vlm import similarities
 
 # %% ../nbs/35_table.ipynb #d1cb4deb

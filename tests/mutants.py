@@ -201,7 +201,7 @@ def run(module, args, copy):
 
 
 def counts():
-    """{module: what is known of its mutants}"""
+    """{module: what is known of its mutants}."""
     return json.loads(COUNTS.read_text()) if COUNTS.exists() else {}
 
 

@@ -9,11 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
-import torch
 from safetensors.torch import load_file
 
 from aevlp.bank import verify
-from aevlp.train import shard
 
 # The k-th largest loss of the batch with GPR's squared mean; a trainable table beside the classifier; labels per image;
 # CLIP's views through a bank that all ranks fill.
@@ -72,15 +70,3 @@ def test_the_ranks_fill_one_bank_together(runs):
     for epoch in (1, 2):
         rows, rows2 = (np.fromfile(b / f"epoch_{epoch:03d}.f16", np.float16).astype(float) for b in (bank, bank2))
         np.testing.assert_allclose(rows, rows2, atol=2e-3)  # CLIP sees other batches of views
-
-
-def test_shards_cover_each_batch_and_are_equally_long():
-    order = np.random.default_rng(0).permutation(59)
-    for size in (8, 16, 60):
-        parts = [shard(order, size, rank, 4) for rank in range(4)]
-        for step, start in enumerate(range(0, 59, size)):
-            batch = order[start : start + size]
-            assert len({len(p[step]) for p in parts}) == 1
-            interleaved = np.stack([p[step] for p in parts], 1).ravel()
-            assert (interleaved[: len(batch)] == batch).all()
-    torch.testing.assert_close(torch.from_numpy(np.concatenate(shard(order, 8))), torch.from_numpy(order))

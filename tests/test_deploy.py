@@ -14,7 +14,7 @@ from PIL import Image
 from sklearn.metrics import f1_score
 from tiny import shapes
 
-from aevlp import deploy, outcome, runs, train
+from aevlp import batches, deploy, evidence, outcome, runs, train
 from aevlp.data import AevlpError, AevlpWarning, made_here
 from aevlp.recipes import Recipe
 
@@ -69,8 +69,8 @@ def test_predictions_are_the_model_s_and_labels_follow_the_thresholds(run, tmp_p
 def test_thresholds_come_from_validation_and_are_kept(run):
     found = deploy.thresholds(run)
     data = runs.load_data(runs.read_params(run))
-    model, said, names = train.load_run(run)
-    probs = train.predict(model, data, data.splits["val"], said["recipe"]).numpy()
+    model, said, names = evidence.load_run(run)
+    probs = batches.predict(model, data, data.splits["val"], said["recipe"]).numpy()
     for c, name in enumerate(names):
         best = max(f1_score(data.targets("val")[:, c], probs[:, c] >= t, zero_division=0) for t in probs[:, c])
         assert np.isclose(f1_score(data.targets("val")[:, c], probs[:, c] >= found[name], zero_division=0), best)

@@ -10,7 +10,7 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
-from aevlp import board, checkpoints, deploy, frozen, recipes, runner, runs, sweeps, train
+from aevlp import batches, board, checkpoints, deploy, evidence, frozen, recipes, runner, runs, sweeps, train
 from aevlp.data import AevlpError, Images, epoch_order
 from aevlp.eyes import embeddings
 from aevlp.recipes import recipe
@@ -45,7 +45,7 @@ def test_an_epoch_is_that_of_a_plain_loop(place, hidden):
     views = torch.stack([rows(data, "train", folder / "banks", epoch) for epoch in (1, 2)])
     mean, std = views.flatten(0, 1).mean(0), views.flatten(0, 1).std(0, correction=0)
     x, y = (views[0] - mean) / std, torch.from_numpy(data.observed[data.splits["train"]]).float()
-    train.seed_everything(0)
+    batches.seed_everything(0)
     layers = [torch.nn.Linear(x.shape[1], hidden), torch.nn.ReLU()] if hidden else []
     net = torch.nn.Sequential(*layers, torch.nn.Linear(hidden or x.shape[1], 5))
     optimizer = torch.optim.Adam(net.parameters(), lr=3e-3)
@@ -156,11 +156,11 @@ def test_an_interrupted_run_ends_with_the_same_numbers(place, monkeypatch):
 def test_files_are_written_now_and_then(place, monkeypatch):
     written = []
     original = checkpoints.save_checkpoint
-    monkeypatch.setattr(train, "save_checkpoint", lambda *given: (written.append(given[1]), original(*given)))
+    monkeypatch.setattr(checkpoints, "save_checkpoint", lambda *given: (written.append(given[1]), original(*given)))
     found, run = fit(place, "seldom", "an", overrides={"epochs": 12})
     assert len(written) <= 2 and written[-1] == "epoch-0013-step-00000000"
     assert len((run / "history.csv").read_text().splitlines()) == 13
-    best = train._settings(run / "best.safetensors")["epoch"]
+    best = evidence.run_settings(run / "best.safetensors")["epoch"]
     assert best == found["best_epoch"]
 
 
@@ -168,10 +168,10 @@ def test_new_pictures_and_export(place, monkeypatch, tmp_path):
     folder, data = place
     fit(place, "deployed", "an")
     run, kept = folder / "deployed", np.load(folder / "deployed" / "predictions.npz")
-    net, settings, names = train.load_run(run)
+    net, settings, names = evidence.load_run(run)
     moved = replace(data, paths=np.array(data.paths)[data.splits["test"]], observed=data.observed[data.splits["test"]],
                     truth=None, splits={"test": np.arange(len(kept["ids"]))})  # fmt: skip
-    probs = train.predict(net, moved, moved.splits["test"], settings["recipe"]).numpy()
+    probs = batches.predict(net, moved, moved.splits["test"], settings["recipe"]).numpy()
     assert np.array_equal(probs, kept["probs"]), "evaluation views are a function of the picture alone"
     model, shape, wants = frozen.whole(net, settings["recipe"])
     assert shape == (5, 3, 64, 64) and wants["views"][0] == [0, 0, 1, 1] and wants["views"][1] == [0, 0, 0.55, 0.55]
@@ -192,7 +192,7 @@ def test_features_from_elsewhere(place, tmp_path):
     found, run = fit(place, "imported", "full", data=gone, overrides={"features": name, "epochs": 60})
     assert found["test_map"] > 95
     assert load_file(run / "best.safetensors")["head.weight"].shape == (5, 24)
-    net, settings, _ = train.load_run(run)
+    net, settings, _ = evidence.load_run(run)
     assert frozen.whole(net, settings["recipe"])[1] == (24,)
     (run / "params.yaml").write_text("{}\n")  # what says that a folder is a run
     known, test = np.load(run / "predictions.npz"), data.splits["test"]

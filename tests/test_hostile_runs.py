@@ -17,7 +17,7 @@ from fake_run import alive, begun, fake_notebook, states
 from safetensors.torch import save
 from test_runs import finished
 
-from aevlp import board, checkpoints, cli, models, recipes, runner, runs, sweeps, train
+from aevlp import board, checkpoints, cli, evidence, models, recipes, runner, runs, sweeps
 from aevlp.data import AevlpError, replacing, write_json
 
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
@@ -199,12 +199,12 @@ def test_a_strange_weight_file_is_one_sentence_and_asks_no_network(tmp_path, mon
     monkeypatch.setattr("socket.getaddrinfo", refuse)
     began = time.process_time()
     with pytest.raises(AevlpError, match="best.safetensors|no method is called 'none'"):
-        train.load_run(weights(tmp_path, **HEADERS[what]))
+        evidence.load_run(weights(tmp_path, **HEADERS[what]))
     assert time.process_time() - began < 10
 
 
 def test_a_whole_weight_file_is_read(tmp_path):
-    model, settings, names = train.load_run(weights(tmp_path))
+    model, settings, names = evidence.load_run(weights(tmp_path))
     assert names == ("a", "b") and settings["recipe"].backbone == "glyphnet" and not model.training
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from aevlp import own, ready, runner, runs, sweeps
+from aevlp import ready, runner, runs, sweeps
 from aevlp.data import AevlpError
 from aevlp.datasets import check, load, resolve
 
@@ -440,15 +440,3 @@ def test_no_format_takes_a_class_called_as_a_column(tmp_path, name):
     assert load("npy", tmp_path, classes=["cat", "cup"]).class_names == ("cat", "cup")
     with pytest.raises(AevlpError, match="no class can be called|control characters"):
         load("npy", tmp_path, classes=["cat", name])
-
-
-def test_a_last_batch_of_one_joins_the_one_before():
-    from aevlp.train import global_batches, shard
-
-    for n in range(1, 60):
-        for size in range(2, 20):
-            batches = global_batches(np.arange(n), size)
-            assert np.concatenate(batches).tolist() == list(range(n))
-            assert all(len(b) > 1 for b in batches) or n == 1
-            assert all(len(b) == size for b in batches[:-1]) and len(batches[-1]) <= size + 1
-    assert [len(b) for b in shard(np.arange(18), 17)] == [18] and len(own.PICTURES) > 10

@@ -8,11 +8,12 @@ from html.parser import HTMLParser
 import numpy as np
 import pandas as pd
 import pytest
+from safetensors.torch import load_file
 from sklearn.metrics import average_precision_score, precision_score, recall_score
 from test_deploy import SMALL
 from tiny import shapes
 
-from aevlp import cli, deploy, outcome, report, runs, train
+from aevlp import cli, deploy, evidence, outcome, report, runs, train
 from aevlp.data import AevlpError
 from aevlp.recipes import Recipe
 
@@ -88,9 +89,9 @@ def renamed(run, names):
         if "class_names" in found:
             found["class_names"] = names
         (run / name).write_text(json.dumps(found))
-    weights = train.load_file(run / "best.safetensors")
-    said = train._settings(run / "best.safetensors") | {"class_names": names}
-    (run / "best.safetensors").write_bytes(train.tensor_bytes(weights, {"run": json.dumps(said)}))
+    weights = load_file(run / "best.safetensors")
+    said = evidence.run_settings(run / "best.safetensors") | {"class_names": names}
+    (run / "best.safetensors").write_bytes(evidence.run_weights(weights, said))
     return run
 
 

@@ -17,14 +17,14 @@ import tiny
 import torch
 from fake_run import record
 
+from aevlp import train
 from aevlp.bank import banks, verify
-from aevlp.train import Training
 
 # Where a process can be made to die: owner, function, what it was about to do.
 PLACES = {
     "file": (os, "fsync", "writing "),
     "bank": (np.memmap, "flush", "between a bank's embeddings and their marks"),
-    "validation": (Training, "score", "in validation"),
+    "validation": (train, "score", "in validation"),
 }
 
 

@@ -10,8 +10,10 @@ from test_labelers import clip_model  # noqa: F401, a fixture
 from tiny import shapes, small, train
 
 from aevlp import outcome
+from aevlp.batches import predict
 from aevlp.damp import damp
 from aevlp.data import AevlpError
+from aevlp.evidence import fuse_run, load_run
 from aevlp.eyes import TokenEyes, eyes_of
 from aevlp.recipes import recipe
 from aevlp.registry import METHODS
@@ -27,7 +29,6 @@ from aevlp.scorers import (
     split_scores,
     surest,
 )
-from aevlp.train import fuse_run, load_run, predict
 
 NAMES = tuple("abcdef")
 CHANGES = dict(token_size=0, token_rule="sclip", temperature=0.05, token_temperature=0.08)

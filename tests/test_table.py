@@ -8,7 +8,7 @@ import pytest
 import torch
 from sklearn.metrics import average_precision_score, log_loss, precision_score, recall_score
 
-from aevlp import glyphs, train
+from aevlp import batches, evidence, glyphs, train
 from aevlp.damp import damp
 from aevlp.data import AevlpError, LabelledImages, decode
 from aevlp.eyes import Eyes, clip_of, prototypes, view_settings
@@ -242,8 +242,8 @@ def test_a_run_adds_its_model_and_its_epochs(data, run):
     table = open_table(data, "train", settings, run, bank_root=False)
     stacked = np.stack([np.load(f)["pseudo"] for f in sorted((run / "pseudo").glob("*.npz"))])
     assert table.epochs == 2 and (table.positive == (stacked == 1).sum(0)).all()
-    model, kept, _ = train.load_run(run)
-    probs = train.predict(model, data, data.splits["train"], kept["recipe"]).numpy()
+    model, kept, _ = evidence.load_run(run)
+    probs = batches.predict(model, data, data.splits["train"], kept["recipe"]).numpy()
     assert table.scores["model"] == pytest.approx(probs, abs=1e-6)
     assert (table.labels["model"] == (probs >= table.thresholds["model"])).all()
     test = open_table(data, "test", settings, run, bank_root=False)

@@ -13,13 +13,11 @@ import pandas as pd
 import pytest
 import tiny
 import torch
-from PIL import Image
 from safetensors.torch import load_file
-from scipy.stats import rankdata
-from sklearn.metrics import average_precision_score, roc_auc_score
+from sklearn.metrics import average_precision_score
 
-from aevlp import train, vlm
-from aevlp.data import AevlpError, LabelledImages, decode, epoch_order, replacing
+from aevlp import batches, checkpoints, evidence, train, vlm
+from aevlp.data import AevlpError, decode, epoch_order, replacing
 from aevlp.labelers import LABELERS
 from aevlp.methods import METHODS
 from aevlp.models import build_model
@@ -60,7 +58,7 @@ def test_a_plain_loop_gives_the_same_losses(data, tmp_path):
     train.fit(
         data, "an", recipe, 0, tmp_path / "run", device="cpu", progress=False, on_epoch=lambda r: ours.append(r["loss"])
     )
-    train.seed_everything(0)
+    batches.seed_everything(0)
     model = build_model(recipe, 5)
     groups = [{"params": model.backbone.parameters(), "lr": 3e-3}, {"params": model.head.parameters(), "lr": 6e-3}]
     optimizer, losses = torch.optim.SGD(groups, momentum=0.9), []
@@ -84,7 +82,7 @@ def test_a_plain_loop_gives_the_same_losses(data, tmp_path):
 @pytest.mark.parametrize("how", ["again", "workers", "not kept in memory"])
 def test_same_numbers_to_the_last_digit(data, run, tmp_path, monkeypatch, how):
     if how == "not kept in memory":
-        monkeypatch.setattr(train, "Pictures", functools.partial(train.Pictures, limit=0))
+        monkeypatch.setattr(batches, "Pictures", functools.partial(batches.Pictures, limit=0))
     overrides = {"workers": 2} if how == "workers" else {}
     tiny.train(tmp_path / "again", "gpr+random", data, overrides)
     (*ours, weights), (*first, first_weights) = tiny.result(tmp_path / "again"), tiny.result(run)
@@ -102,83 +100,18 @@ def test_another_seed_gives_other_numbers(data, run, tmp_path):
 
 def test_the_best_epoch_is_tested(data, run):
     metrics, history = json.loads((run / "metrics.json").read_text()), pd.read_csv(run / "history.csv")
-    assert list(history.columns) == list(train.HISTORY)
+    assert list(history.columns) == list(evidence.HISTORY)
     assert metrics["best_epoch"] == history.epoch[history.val_map.idxmax()]
     assert metrics["val_map"] == pytest.approx(history.val_map.max(), abs=1e-9)
-    model, settings, names = train.load_run(run)
+    model, settings, names = evidence.load_run(run)
     assert names == data.class_names and settings["epoch"] == metrics["best_epoch"]
-    val = train.predict(model, data, data.splits["val"], settings["recipe"]).numpy()
+    val = batches.predict(model, data, data.splits["val"], settings["recipe"]).numpy()
     assert sklearn_map(val, data.targets("val")) == pytest.approx(metrics["val_map"], abs=1e-3)
     saved = np.load(run / "predictions.npz", allow_pickle=False)
     assert (saved["ids"] == data.splits["test"]).all() and (saved["targets"] == data.targets("test")).all()
     assert saved["probs"].dtype == np.float32
     assert sklearn_map(saved["probs"], saved["targets"]) == pytest.approx(metrics["test_map"], abs=1e-3)
     assert np.mean(list(metrics["per_class"].values())) == pytest.approx(metrics["test_map"], abs=1e-3)
-
-
-def test_pseudo_label_numbers_from_the_saved_labels(data, run):
-    """Precision and recall of each epoch on missing positives only, counted by hand."""
-    history, train_ids = pd.read_csv(run / "history.csv"), data.splits["train"]
-    missing = (data.truth[train_ids] == 1) & (data.observed[train_ids] != 1)
-    for row in history.itertuples():
-        pseudo = np.load(run / "pseudo" / f"epoch_{row.epoch:02d}.npz", allow_pickle=False)["pseudo"]
-        guessed = (pseudo == 1) & (data.observed[train_ids] != 1)
-        assert pseudo.dtype == np.int8 and guessed.sum() > 10
-        for value, count in ((row.precision, guessed.sum()), (row.recall, missing.sum())):
-            share = (guessed & missing).sum() / count
-            assert min(abs(value - share), abs(value - 100 * share)) < 1e-6
-    metrics = json.loads((run / "metrics.json").read_text())
-    assert metrics["average_precision"] == pytest.approx(history.precision.mean())
-    assert metrics["accumulated_recall"] == pytest.approx(history.accumulated_recall.iloc[-1])
-
-
-def test_without_truth_nothing_is_called_map(data, tmp_path):
-    """Given labels alone: their AUC, recall and rank, counted here with scikit-learn and scipy."""
-    unknown = replace(data, truth=None)
-    metrics = tiny.train(tmp_path / "run", "gpr+random", unknown, {"epochs": 4})
-    history = pd.read_csv(tmp_path / "run" / "history.csv")
-    assert history[list(train.QUALITY)].isna().all(axis=None) and history.val_map.isna().all()
-    assert metrics["average_precision"] is None and metrics["accumulated_recall"] is None
-    assert metrics["test_map"] is metrics["val_map"] is metrics["test"]["map"] is metrics["val"]["map"] is None
-    assert set(metrics["per_class"].values()) == {None} and set(metrics["per_class_n"].values()) == {0}
-    saved = np.load(tmp_path / "run" / "predictions.npz")
-    assert (saved["targets"] == (data.observed[data.splits["test"]] == 1)).all()
-    for split, probs in (("test", saved["probs"]), ("val", saved["val_probs"])):
-        given, said = data.observed[data.splits[split]] == 1, metrics[split]
-        auc = [100 * roc_auc_score(given[:, c], probs[:, c]) for c in range(5)]
-        ranks = rankdata(-probs, axis=1)[given]
-        assert said["auc_observed"][0] == pytest.approx(np.mean(auc))
-        assert said["mean_rank"][0] == pytest.approx(ranks.mean())
-        for k in (1, 3, 5):
-            assert said[f"recall@{k}"][0] == pytest.approx(100 * (ranks <= k).mean())
-        assert all(low <= value <= high for value, low, high in filter(None, said.values()))
-        if split == "test":
-            assert list(metrics["per_class_auc_observed"].values()) == pytest.approx(auc)
-            assert list(metrics["per_class_given"].values()) == given.sum(0).tolist()
-            assert metrics["per_class_positives"] == metrics["per_class_given"], "no other positive is known"
-    assert metrics["select_by"] == "auc_observed"
-    assert metrics["best_epoch"] == history.epoch[history.val_auc_observed.idxmax()]
-    assert metrics["val"]["auc_observed"][0] == pytest.approx(history.val_auc_observed.max())
-
-
-def test_own_classes_without_evidence_are_left_out(data, tmp_path):
-    """A class without a positive in the test split has no AP, and its zero is not in the mean; a benchmark keeps it."""
-    test, truth = data.splits["test"], data.truth.copy()
-    truth[test, 2] = 0
-    truth[test[:10], 1] = -1  # ten pictures of which this class is unknown
-    observed = data.observed * (truth == 1)
-    own = replace(data, truth=truth, observed=observed, own=True)
-    metrics = tiny.train(tmp_path / "own", "an", own, {"epochs": 1})
-    saved = np.load(tmp_path / "own" / "predictions.npz")
-    names, t, p = data.class_names, truth[test], saved["probs"]
-    expected = [100 * average_precision_score(t[t[:, c] >= 0, c], p[t[:, c] >= 0, c]) for c in (0, 1, 3, 4)]
-    assert metrics["per_class"][names[2]] is None and metrics["per_class_positives"][names[2]] == 0
-    assert [metrics["per_class"][names[c]] for c in (0, 1, 3, 4)] == pytest.approx(expected)
-    assert metrics["test_map"] == metrics["test"]["map"][0] == pytest.approx(np.mean(expected))
-    assert metrics["per_class_n"] == {n: len(test) - 10 * (n == names[1]) for n in names}
-    assert metrics["per_class_positives"] == dict(zip(names, (t == 1).sum(0).tolist(), strict=True))
-    field = tiny.train(tmp_path / "field", "an", replace(own, own=False), {"epochs": 1})
-    assert field["per_class"][names[2]] == 0 and field["test_map"] == pytest.approx(np.sum(expected) / 5)
 
 
 def test_what_chooses_the_best_epoch(data, tmp_path):
@@ -208,10 +141,10 @@ def test_what_chooses_the_best_epoch(data, tmp_path):
 def test_an_early_stop_follows_the_rule_that_selects(data, tmp_path, monkeypatch):
     told = iter([70.0, 60.0, 90.0])
 
-    def said(self, split, probs):
+    def said(data, ids, probs):
         return (np.full(5, np.nan), np.full(5, next(told, 1.0)))
 
-    monkeypatch.setattr(train.Training, "score", said)
+    monkeypatch.setattr(train, "score", said)
     tiny.train(tmp_path / "run", "an", replace(data, truth=None), {"early_stop": "em", "epochs": 3})
     assert pd.read_csv(tmp_path / "run" / "history.csv").val_auc_observed.tolist() == [70.0, 60.0]
 
@@ -338,14 +271,6 @@ def test_quiet_and_told(data, tmp_path, capfd):
     assert capfd.readouterr() == ("", "")
 
 
-def test_the_caller_keeps_its_choice_of_algorithms(data, run):
-    assert not torch.are_deterministic_algorithms_enabled()
-    with pytest.raises(ZeroDivisionError), train.deterministic(True):
-        assert torch.are_deterministic_algorithms_enabled()
-        1 / 0  # noqa: B018
-    assert not torch.are_deterministic_algorithms_enabled()
-
-
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -364,18 +289,6 @@ def test_what_cannot_be_trained(data, tmp_path, change, message):
         )
 
 
-def test_folders_that_cannot_be_used(data, run, tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(AevlpError, match="cannot be made"):
-        tiny.train(tmp_path / "file" / "run", "an", data)
-    with pytest.raises(AevlpError, match="lr=0.003, not 0.1"):
-        tiny.train(run, "gpr+random", data, {"lr": 0.1})
-    (tmp_path / "best.safetensors").write_bytes((run / "best.safetensors").read_bytes()[:-10])
-    for folder in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(AevlpError, match="not the weights of a run"):
-            train.load_run(folder)
-
-
 def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch):
     def full(handle):
         raise OSError(28, "No space left on device")
@@ -387,54 +300,16 @@ def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch):
 
 
 def test_the_loop_names_no_method():
-    tree = ast.parse(Path(train.__file__).read_text())
-    literals = {n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
+    trees = [ast.parse(Path(m.__file__).read_text()) for m in (train, batches, checkpoints, evidence)]
+    literals = {
+        n.value for tree in trees for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)
+    }
     trained = {name for name, method in METHODS.items() if not method.scorer}  # a teacher is asked by name
     assert not literals & ((trained | set(LABELERS)) - {"none"})
 
 
-def test_a_tracker_is_asked_for_by_name(data, run, tmp_path, monkeypatch):
-    def events(folder):
-        return [p for p in folder.rglob("*tfevents*") if p.stat().st_size]
-
-    assert not events(run)
-    tiny.train(tmp_path / "named", "an", data, {"epochs": 1}, tracker="tensorboard")
-    assert events(tmp_path / "named")
-    monkeypatch.setenv("AEVLP_TRACKER", "tensorbord")
-    with pytest.raises(AevlpError, match="'tensorbord' is unknown to Accelerate or not installed"):
-        tiny.train(tmp_path / "other", "an", data, {"epochs": 1})
-    monkeypatch.delenv("AEVLP_TRACKER")
-    plain = tiny.train(tmp_path / "plain", "an", data, {"epochs": 1})
-    assert not events(tmp_path / "plain") and plain["test_map"] is not None
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_large_pictures_are_predicted_reduced_and_in_small_batches(tmp_path, monkeypatch, workers):
-    """Of large pictures a batch holds as many as its bytes allow; of small ones always the same number."""
-    rng, paths = np.random.default_rng(0), []
-    for i, size in enumerate([(64, 48), (900, 700), (64, 48), (64, 48), (700, 900), (900, 900)]):
-        paths.append(str(tmp_path / f"{i}.{'jpg' if i % 2 else 'png'}"))
-        Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).resize(size).save(paths[-1])
-    nothing = np.zeros((6, 2), np.int8)
-    data = LabelledImages("large", paths, ("a", "b"), nothing, None, {"test": np.arange(6)})
-    monkeypatch.setattr("aevlp.data.SMALL_PIXELS", 10_000)
-    pictures, side = train.Pictures(data, workers, limit=0), 128
-    assert [p.tolist() for p in pictures.parts(range(6), 4, side)] == [[0, 1, 2, 3], [4, 5]]
-    monkeypatch.setattr(train, "BATCH_BYTES", 2 * 3 * 256 * 256)
-    parts = pictures.parts(range(6), 4, side)
-    assert [p.tolist() for p in parts] == [[0, 1, 2, 3], [4, 5]]
-    monkeypatch.setattr(train, "BATCH_BYTES", 3 * 256 * 256)
-    parts = pictures.parts(range(6), 4, side)
-    assert [p.tolist() for p in parts] == [[0], [1], [2, 3], [4], [5]]
-    for (images, ids), part in zip(pictures.batches(parts, side=side), parts, strict=True):
-        assert ids.tolist() == part.tolist()
-        for image, i in zip(images, ids, strict=True):
-            np.testing.assert_array_equal(image.permute(1, 2, 0).numpy(), decode(paths[i], side))
-            assert min(image.shape[1:]) >= min(128, *decode(paths[i]).shape[:2]) and max(image.shape[1:]) < 256
-
-
 def test_the_test_split_is_scored_with_the_best_weights_not_the_last(data, tmp_path, monkeypatch):
-    whole, last = train.Training.train_epoch, []
+    whole, last = train.Training.epoch, []
 
     def spoiled(self, *args):
         whole(self, *args)
@@ -443,15 +318,15 @@ def test_the_test_split_is_scored_with_the_best_weights_not_the_last(data, tmp_p
                 self.net.head.weight.neg_()
             last.append({k: v.clone() for k, v in self.net.state_dict().items()})
 
-    monkeypatch.setattr(train.Training, "train_epoch", spoiled)
+    monkeypatch.setattr(train.Training, "epoch", spoiled)
     tiny.train(tmp_path / "run", "an", data)
-    model, settings, _ = train.load_run(tmp_path / "run")
+    model, settings, _ = evidence.load_run(tmp_path / "run")
     saved = np.load(tmp_path / "run" / "predictions.npz")["probs"]
     assert settings["epoch"] < 3
-    of_best = train.predict(model, data, data.splits["test"], settings["recipe"]).numpy()
+    of_best = batches.predict(model, data, data.splits["test"], settings["recipe"]).numpy()
     np.testing.assert_allclose(saved, of_best, atol=1e-6)
     model.load_state_dict(last[0])
-    assert np.abs(train.predict(model, data, data.splits["test"], settings["recipe"]).numpy() - saved).max() > 1e-3
+    assert np.abs(batches.predict(model, data, data.splits["test"], settings["recipe"]).numpy() - saved).max() > 1e-3
 
 
 def test_averaged_weights_are_those_of_a_plain_loop(tmp_path, monkeypatch):
@@ -478,7 +353,7 @@ def test_averaged_weights_are_those_of_a_plain_loop(tmp_path, monkeypatch):
 
 
 def test_the_head_alone_learns_first_and_a_short_batch_is_left_out(data, tmp_path, monkeypatch):
-    whole, kept = train.Training.train_epoch, []
+    whole, kept = train.Training.epoch, []
 
     def watched(self, *args):
         kept.append({k: v.clone() for k, v in self.net.named_parameters()})
@@ -486,7 +361,7 @@ def test_the_head_alone_learns_first_and_a_short_batch_is_left_out(data, tmp_pat
         kept.append({k: v.clone() for k, v in self.net.named_parameters()})
         kept.append(self.at["step"])
 
-    monkeypatch.setattr(train.Training, "train_epoch", watched)
+    monkeypatch.setattr(train.Training, "epoch", watched)
     tiny.train(tmp_path / "run", "an", data, {"linear_init": 1, "epochs": 2, "batch_size": 7, "drop_last": True})
     before, after, steps, _, later, _ = kept
     assert steps == len(data.splits["train"]) // 7 < len(data.splits["train"]) / 7
