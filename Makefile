@@ -29,7 +29,7 @@ digits: $(READY) ## the expected digits of the embedded benchmark, for 1, 2 and 
 soak: $(READY)   ## kill tests and the 200-run sweep; their figures in benchmarks/soak.json
 	$(BIN)/python -m pytest -m slow -s
 
-mutants: $(READY) ## small changes to ten modules, each of which the module's tests have to notice
+mutants: $(READY) ## small changes to twelve modules, each of which the module's tests have to notice
 	$(BIN)/python tests/mutants.py $(MODULES)
 
 docs: $(READY)   ## the site, in docs/_build/html

@@ -69,7 +69,7 @@ class Pictures:
         limit: int = CACHE_BYTES,  # bytes; 0 keeps nothing
     ):
         self.data, self.workers, self.pin_memory, self.kept = data, workers, pin_memory, {}
-        ids = np.concatenate([np.empty(0, np.int64), *data.splits.values()])
+        ids = np.concatenate([np.array([], np.int64), *data.splits.values()])
         sample = ids[np.linspace(0, len(ids) - 1, 8).astype(int)] if limit and len(ids) else []
         size = np.mean([decode(data.paths[i]).nbytes for i in sample]) * len(ids) if len(sample) else math.inf
         self.keep = size <= limit

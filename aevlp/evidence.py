@@ -83,7 +83,7 @@ def measured(
     counts = {"per_class_positives": positives, "per_class_n": truth >= 0, "per_class_given": given == 1}
 
     def named(values):
-        return dict(zip(data.class_names, values, strict=True)) if len(probs) else {}
+        return dict(zip(data.class_names, values)) if len(probs) else {}
 
     per_class = {"per_class": named(map(number, average)), "per_class_auc_observed": named(map(number, auc))}
     return said, per_class | {k: named(v.sum(0).tolist()) for k, v in counts.items()}
@@ -297,7 +297,7 @@ def fuse_run(
         raise AevlpError(f"{run_dir}: method {settings['method']} is CLIP's own opinion; there is nothing to join")
     recipe, probs = Recipe(**settings["recipe"]), {}
     for split in ("test", "val"):
-        ids = data.splits.get(split, np.empty(0, np.int64))
+        ids = data.splits.get(split, np.array([], np.int64))
         kept = outcome.scored(run_dir, split)
         if kept is None and len(ids):  # of a run made before these were kept
             probs[split] = predict(load_run(run_dir, device)[0], data, ids, recipe, device).cpu().numpy()

@@ -89,7 +89,7 @@ def __init__(
 ):  # fmt: skip
     self.data, self.recipe, self.seed, self.run_dir, self.method = data, recipe, seed, Path(run_dir), get_method(method)
     self.bank_root = None if bank is True else bank
-    self.ids = {split: data.splits.get(split, np.empty(0, np.int64)) for split in ("train", "val", "test")}
+    self.ids = {split: data.splits.get(split, np.array([], np.int64)) for split in ("train", "val", "test")}
     if not len(self.ids["train"]):
         raise AevlpError(f"{data.name}: the training split is empty; nothing can be learned")
     self.accelerator = _accelerator(device, recipe, tracker_named(tracker), self.run_dir)
@@ -140,7 +140,7 @@ def chosen_by(
     data: LabelledImages,
 ) -> str | None:  # 'map' or 'auc_observed'; None: the validation split says nothing, and the last epoch is taken
     "What decides the best epoch of a run on this data set."
-    ids = data.splits.get("val", np.empty(0, np.int64))
+    ids = data.splits.get("val", np.array([], np.int64))
     truth = np.full((len(ids), len(data.class_names)), -1) if data.truth is None else data.truth[ids]
     sided = (truth == 1).any(0) & ((truth == 0).any(0) | (truth == 1).all(0))  # classes that have an AP
     possible = {"map": sided.any(), "auc_observed": (data.observed[ids] == 1).any()}
@@ -269,7 +269,7 @@ def check(self: Training):
     if not self.recent:
         return
     losses = torch.stack([loss for _, _, loss, *_ in self.recent]).double().cpu()
-    for (step, ids, _, logits, pseudo), loss in zip(self.recent, losses.tolist(), strict=True):
+    for (step, ids, _, logits, pseudo), loss in zip(self.recent, losses.tolist()):
         if not math.isfinite(loss):
             where = self.evidence.nonfinite(step, ids, loss, logits, pseudo)
             more = f" and {len(ids) - 8} more" if len(ids) > 8 else ""
@@ -304,7 +304,7 @@ def probabilities(self: Training, split):
 def validate(self: Training):
     "What the validation split says, each None where it says nothing."
     found = score(self.data, self.ids["val"], self.probabilities("val"))
-    return dict(zip(("val_map", "val_auc_observed"), map(class_mean, found), strict=True))
+    return dict(zip(("val_map", "val_auc_observed"), map(class_mean, found)))
 
 # %% ../nbs/20_train.ipynb #1af6a344
 @patch

@@ -31,7 +31,8 @@ from hypothesis import Phase, settings
 ROOT = Path(__file__).parents[1]
 EQUIVALENT = ROOT / "tests/equivalent_mutants.toml"
 COUNTS = ROOT / "benchmarks/mutants.json"
-MODULES = ("damp", "losses", "metrics", "views", "labelers", "methods", "bank", "checkpoints", "data", "train")
+MODULES = ("damp", "losses", "metrics", "views", "labelers", "methods", "bank", "checkpoints", "data")
+MODULES += ("batches", "evidence", "train")
 TESTS = {"data": ("data", "hostile_data")}  # where its own test file is not all of them
 COPIED = ("aevlp", "tests", "benchmarks", "pyproject.toml", "settings.ini")
 LINKED = ("data", "nbs", "docs", "figures")

@@ -6,13 +6,17 @@ import os
 import pickle
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save
 
+from aevlp import checkpoints as module
 from aevlp.checkpoints import load_checkpoint, save_checkpoint
 from aevlp.data import AevlpError
+from aevlp.models import FROZEN
 
 STATE = {
     "weights": {"a": torch.tensor([[1.5, -2.0]]), "none": {}},
@@ -137,3 +141,177 @@ def test_pickled_code_is_refused(tmp_path):
     with pytest.raises(AevlpError, match="state.pt"):
         load_checkpoint(tmp_path / "last")
     assert not (tmp_path / "was here").exists()
+
+
+# --- where a run goes on
+
+
+class Clock:
+    def __init__(self):
+        self.now = 50.0
+
+    def monotonic(self):
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(module, "time", clock)
+    return clock
+
+
+class Part:
+    """Something with a state, as an objective or a labeler."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def state_dict(self):
+        return {"value": self.value}
+
+    def load_state_dict(self, state):
+        self.value = state["value"]
+
+
+SETTINGS = {"method": "an", "seed": 0, "version": "1", "recipe": {"lr": 0.1, "workers": 0}}
+
+
+def halfway(folder, ema=0.0, backbone="resnet50", scaler=None, value=1.0, main=True):
+    """A run in the fourth step of its second epoch, as `Resume` sees it; `did` is what it was asked to do."""
+    did = []
+    told = SimpleNamespace(scaler=scaler, wait_for_everyone=lambda: did.append("waited"))
+    objective = Part(value)
+    objective.start_epoch = lambda *given: did.append(("started", *given))
+    parts = {name: Part(value) for name in ("net", "optimizer", "labeler", "meter", "judged")}
+    at = {"epoch": 2, "step": 3, "best_epoch": 1, "stopped": False, "history": []}
+    return SimpleNamespace(
+        run_dir=folder, main=main, at=at, settings=SETTINGS, accelerator=told, objective=objective, did=did,
+        recipe=SimpleNamespace(ema=ema, backbone=backbone, epochs=3), check=lambda: did.append("checked"), **parts
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("ema", "scaler"), [(0.0, None), (0.9, None), (0.0, Part(1.0))])
+def test_a_run_goes_on_with_all_of_its_parts(tmp_path, ema, scaler):
+    run = halfway(tmp_path, ema, scaler=scaler)
+    resume = module.Resume(run)
+    resume.best = b"weights"
+    resume.save()
+    assert names(tmp_path / "last") == ["epoch-0002-step-00000003"] and run.did == ["checked"]
+    assert (tmp_path / "best.safetensors").read_bytes() == b"weights" and resume.best is None
+    (tmp_path / "best.safetensors").unlink()
+    (tmp_path / "best.safetensors").write_bytes(b"of an epoch after the checkpoint")
+    other = halfway(tmp_path, ema, scaler=scaler and Part(2.0), value=2.0)
+    other.at = {"epoch": 1, "step": 0}
+    module.Resume(other).load()
+    assert other.at == run.at and other.did == [("started", 2, 3), "waited"]
+    parts = ["net", "optimizer", "objective", "labeler", "meter"]
+    assert [getattr(other, name).value for name in parts] == [1.0] * 5
+    assert other.judged.value == (1.0 if ema else 2.0) and (scaler is None or other.accelerator.scaler.value == 1.0)
+    assert (tmp_path / "best.safetensors").read_bytes() == b"weights"
+
+
+def test_best_weights_are_written_once_and_linked_where_there_are_any(tmp_path):
+    run = halfway(tmp_path)
+    run.at |= {"best_epoch": 0, "step": 0}
+    module.Resume(run).save()
+    assert not (tmp_path / "best.safetensors").exists()
+    other = halfway(tmp_path)
+    module.Resume(other).load()
+    assert other.did == ["waited"], "the objective begins its epoch with the first step"
+    resume = module.Resume(run)
+    run.at |= {"best_epoch": 1, "step": 1}
+    resume.best = b"weights"
+    resume.save()
+    (tmp_path / "best.safetensors").write_bytes(b"as they are")
+    run.at["step"] = 2
+    resume.save()
+    assert (tmp_path / "best.safetensors").read_bytes() == b"as they are"
+    assert load_checkpoint(tmp_path / "last")[1].read_bytes() == b"as they are"
+
+
+def test_other_ranks_read_and_do_not_write(tmp_path):
+    first = module.Resume(halfway(tmp_path))
+    first.best = b"weights"
+    first.save()
+    (tmp_path / "best.safetensors").unlink()
+    run = halfway(tmp_path, main=False, value=2.0)
+    resume = module.Resume(run)
+    resume.load()
+    run.at["step"], resume.best = 4, b"weights"
+    resume.save()
+    assert run.net.value == 1.0 and names(tmp_path) == ["last"] and len(names(tmp_path / "last")) == 1
+    (tmp_path / "best.safetensors").write_bytes(save({"a": torch.ones(2)}))
+    run.did.clear()
+    assert resume.best_weights()["a"].tolist() == [1, 1] and run.did == ["waited"]
+
+
+def test_nothing_to_go_on_with(tmp_path):
+    run = halfway(tmp_path)
+    at = dict(run.at)
+    module.Resume(run).load()
+    assert run.at == at and run.net.value == 1.0 and run.did == ["waited"]
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path):
+    (tmp_path / "best.safetensors").write_bytes(b"weights")
+    module.Resume(halfway(tmp_path)).save()
+    run = halfway(tmp_path)
+    run.settings = SETTINGS | {"seed": 1}
+    with pytest.raises(AevlpError, match="a run with seed=0, not 1"):
+        module.Resume(run).load()
+
+
+@pytest.mark.parametrize(
+    ("there", "says"),
+    [
+        ({}, None),
+        ({"version": "0"}, None),
+        ({"recipe": {"lr": 0.1, "workers": 4}}, None),
+        ({"recipe": {"lr": 0.1, "workers": 0, "dropped": 1}}, None),
+        ({"method": "role"}, "method='role', not 'an'"),
+        ({"recipe": {"lr": 0.2, "workers": 0}}, "lr=0.2, not 0.1"),
+        ({"recipe": {"workers": 0}}, "lr=None, not 0.1"),
+    ],
+)
+def test_whose_folder_it_is(there, says):
+    """Who made it and how it decodes change no number; anything else does."""
+    if says is None:
+        module.refuse_other(SETTINGS | there, SETTINGS, "run")
+    else:
+        with pytest.raises(AevlpError, match=f"run: this folder holds a run with {says}"):
+            module.refuse_other(SETTINGS | there, SETTINGS, "run")
+
+
+def test_when_a_checkpoint_is_due(tmp_path, clock, monkeypatch):
+    run, saved = halfway(tmp_path), []
+    for given, minutes in (((), 10), ((2.5,), 2.5)):
+        resume = module.Resume(run, *given)
+        monkeypatch.setattr(resume, "save", lambda: saved.append(clock.now))
+        clock.now += 60 * minutes
+        resume.within_epoch()
+        assert not saved and resume.due(), "every ended epoch is written"
+        clock.now += 0.5
+        resume.within_epoch()
+        assert saved == [clock.now]
+        saved.clear()
+
+
+def test_of_a_frozen_backbone_an_epoch_is_due_after_five_seconds_and_at_the_end(tmp_path, clock):
+    run = halfway(tmp_path, backbone=FROZEN)
+    resume, often = module.Resume(run), module.Resume(run, minutes=0.05)
+    for seconds, due in ((2.5, (False, False)), (3.0, (False, True)), (4.5, (False, True)), (5.0, (True, True))):
+        clock.now = 50 + seconds
+        assert (resume.due(), often.due()) == due
+    (tmp_path / "best.safetensors").write_bytes(b"")
+    resume.save()
+    assert not resume.due()
+    for at in ({"epoch": 4}, {"stopped": True}):
+        over = module.Resume(halfway(tmp_path, backbone=FROZEN))
+        over.run.at |= at
+        assert over.due()
+    run.at["epoch"] = 3
+    assert not resume.due()
+    clock.now += 100
+    resume.load()
+    assert not resume.due(), "what was read need not be written"
