@@ -82,7 +82,7 @@ class Pictures:
             side = None
         order = [[int(i) for i in part] for part in parts if len(part)]
         loader = image_loader(self.data, None, order, workers=self.workers, pin_memory=self.pin_memory, side=side)
-        for images, _ in loader if order else ():
+        for images, _ in loader:
             yield from images
 
 # %% ../nbs/18_batches.ipynb #58404497
