@@ -121,16 +121,17 @@ def mutants(source):
 
 
 class Ordered:
-    """Runs the quickest tests first and keeps how long each took."""
+    """Runs the quickest tests first, before them those that noticed the latest mutants; keeps how long each took."""
 
     def __init__(self, took):
-        self.took, self.now = took, {}
+        self.took, self.now, self.noticed = took, {}, None
 
     def pytest_collection_modifyitems(self, items):
         items.sort(key=lambda item: self.took.get(item.nodeid, 0.0))
 
     def pytest_runtest_logreport(self, report):
         self.now[report.nodeid] = self.now.get(report.nodeid, 0.0) + report.duration
+        self.noticed = report.nodeid if report.failed else self.noticed
 
 
 def tested(copy, module, took=(), limit=1800.0):
@@ -152,7 +153,7 @@ def tested(copy, module, took=(), limit=1800.0):
             for name, m in sys.modules.items()
             if "site-packages" in (getattr(m, "__file__", None) or "") and "._" not in name
         ]
-        told.write_text(json.dumps(dict(took=order.now, modules=ready)))
+        told.write_text(json.dumps(dict(took=order.now, noticed=order.noticed, modules=ready)))
         os._exit(int(code))
     while not (ended := os.waitpid(process, os.WNOHANG))[0] and time.monotonic() - began < limit:
         time.sleep(0.02)
@@ -187,9 +188,11 @@ def run(module, args, copy):
         with contextlib.suppress(Exception):  # a saving alone: the tests import what they need
             importlib.import_module(name)
     found = {"killed": [], "late": [], "survived": [], "equivalent": list(known)}
-    for name in names:
+    for i, name in enumerate(names):
         path.write_text(every[name])
-        outcome = tested(copy, module, said["took"], 20 + 10 * seconds)[0]
+        outcome, _, told = tested(copy, module, said["took"], 20 + 10 * seconds)
+        if told.get("noticed"):
+            said["took"][told["noticed"]] = -i
         found[outcome].append(name)
         if outcome != "killed":
             print(f"{outcome}: [{module}] {name}", flush=True)

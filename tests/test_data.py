@@ -3,6 +3,7 @@
 import hashlib
 import os
 import shutil
+import struct
 import subprocess
 import sys
 import threading
@@ -82,6 +83,12 @@ def test_a_broken_exif_block_leaves_the_picture_as_it_is(tmp_path):
     Image.fromarray(SCENE).save(path, quality=95, exif=b"Exif\x00\x00MM\x00\x2a\xff\xff\xff\xff" + b"\x07" * 40)
     Image.fromarray(SCENE).save(plain, quality=95)
     assert np.array_equal(decode(path), decode(plain))
+    for error in (OSError, ValueError, SyntaxError, KeyError, TypeError, struct.error):
+
+        def broken(error=error):
+            raise error
+
+        assert module._orientation(SimpleNamespace(getexif=broken)) == 1
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "CMYK", "YCbCr", "LA", "RGBA", "PA"])
