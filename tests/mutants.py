@@ -190,7 +190,7 @@ def run(module, args, copy):
     found = {"killed": [], "late": [], "survived": [], "equivalent": list(known)}
     for i, name in enumerate(names):
         path.write_text(every[name])
-        outcome, _, told = tested(copy, module, said["took"], 20 + 10 * seconds)
+        outcome, _, told = tested(copy, module, said["took"], 20 + 4 * seconds)
         if told.get("noticed"):
             said["took"][told["noticed"]] = -i
         found[outcome].append(name)

@@ -2,11 +2,14 @@
 
 import ast
 import functools
+import inspect
+import itertools
 import json
 import math
 import os
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -21,7 +24,7 @@ from aevlp.data import AevlpError, decode, epoch_order, replacing
 from aevlp.labelers import LABELERS
 from aevlp.methods import METHODS
 from aevlp.models import build_model
-from aevlp.views import student_flips, student_inputs
+from aevlp.views import student_flips, student_inputs, student_shifts
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -369,3 +372,306 @@ def test_the_head_alone_learns_first_and_a_short_batch_is_left_out(data, tmp_pat
         moved = not torch.equal(before[name], after[name])
         assert moved == name.startswith("head"), name
     assert any(not torch.equal(after[n], later[n]) for n in after if n.startswith("backbone"))
+
+
+# ---- the loop, one thing at a time
+
+
+class Clock:
+    """The time of all that a run measures; it passes where a test says so."""
+
+    def __init__(self, monkeypatch):
+        self.now = 1000.0
+        for module in (train, checkpoints, evidence):
+            monkeypatch.setattr(module, "time", self)
+
+    def monotonic(self):
+        return self.now
+
+
+def loop(data, tmp_path, method="an", bank=False, **recipe):
+    made = train.Training(data, method, tiny.small(method, **recipe), 0, tmp_path / "run", "cpu", bank)
+    made.build()
+    return made
+
+
+def passing(monkeypatch, clock, owner, name, seconds, also=lambda: None):
+    real = getattr(owner, name)
+
+    def slow(self, *given):
+        found = real(self, *given)
+        clock.now += seconds
+        also()
+        return found
+
+    monkeypatch.setattr(owner, name, slow)
+
+
+def test_seconds_are_those_of_the_steps_and_of_what_follows_them(data, tmp_path, monkeypatch):
+    """60 pictures, 8 a batch: 8 steps; a run that was killed goes on counting."""
+    clock, steps = Clock(monkeypatch), []
+
+    def power_cut():
+        steps.append(clock.now)
+        if len(steps) == 3:
+            raise KeyboardInterrupt
+
+    passing(monkeypatch, clock, train.Training, "step", 2.3456789, power_cut)
+    passing(monkeypatch, clock, train.Training, "validate", 1.0)
+    passing(monkeypatch, clock, train.Training, "probabilities", 0.25)
+    with pytest.raises(KeyboardInterrupt):
+        tiny.train(tmp_path / "run", "an", data, checkpoint_minutes=0.02)
+    assert [p.name for p in sorted((tmp_path / "run/last").iterdir())] == [
+        "epoch-0001-step-00000001", "epoch-0001-step-00000002"]  # fmt: skip
+    clock.now += 1e6
+    metrics = tiny.train(tmp_path / "run", "an", data, checkpoint_minutes=0.02)
+    assert len(steps) == 3 + 6 + 8 + 8, "the third step was not yet safe"
+    history = pd.read_csv(tmp_path / "run/history.csv")
+    assert history.seconds.tolist() == [round(8 * 2.3456789 + 1.25, 3)] * 3
+    assert history.images_per_second.tolist() == [round(60 / (8 * 2.3456789), 2)] * 3
+    assert metrics["seconds"] == round(3 * (8 * 2.3456789 + 1.25) + 2 * 0.25, 3)
+    assert metrics["images_per_second"] == pytest.approx(round(60 / (8 * 2.3456789), 2))
+
+
+def test_every_draw_has_its_place(data, tmp_path, monkeypatch):
+    """Weights by the seed, a step by seed, epoch, step and rank, a look at a split by seed and epoch."""
+    told = []
+    monkeypatch.setattr(train, "seed_everything", lambda *position: told.append(position))
+    tiny.train(tmp_path / "run", "mime", data, {"epochs": 2, "mime_warmup": 1, "batch_size": 20})
+    epochs = [[*((0, e, step, 0) for step in range(3)), *[(0, e)] * (3 - e)] for e in (1, 2)]  # the objective looks too
+    assert told == [(0,), *epochs[0], *epochs[1], (0, 3), (0, 3)]  # test and validation with the best weights
+
+
+def test_the_objective_hears_of_every_epoch_and_asks_for_the_training_split(data, tmp_path, monkeypatch):
+    heard, build = [], train.build_objective
+
+    def built(*args, **kwargs):
+        objective = build(*args, **kwargs)
+        start, end = objective.start_epoch, objective.end_epoch
+        objective.start_epoch = lambda *given: heard.append(("start", *given)) or start(*given)
+        objective.end_epoch = lambda epoch, predict: heard.append(("end", epoch, len(predict()))) or end(epoch, predict)
+        return objective
+
+    monkeypatch.setattr(train, "build_objective", built)
+    tiny.train(tmp_path / "run", "an", data, {"epochs": 2, "batch_size": 30})
+    assert heard == [("start", 1, 2), ("end", 1, 60), ("start", 2, 2), ("end", 2, 60)]
+
+
+@pytest.mark.parametrize("scores, best", [([0.5, 0.25, 0.5], 1), ([0.0, 0.0, 0.1], 3), ([3.0, 5.0, 4.0], 2)])
+def test_the_first_of_the_best_epochs_is_the_best(data, tmp_path, monkeypatch, scores, best):
+    told = iter(scores)
+    monkeypatch.setattr(train, "score", lambda *given: (np.full(5, next(told)), np.full(5, np.nan)))
+    metrics = tiny.train(tmp_path / "run", "an", data)
+    assert metrics["best_epoch"] == best and metrics["val_map"] == scores[best - 1]
+    assert evidence.load_run(tmp_path / "run")[1]["epoch"] == best and metrics["epochs_run"] == 3
+
+
+@pytest.mark.parametrize("batch_size, said", [(8, None), (9, " and 1 more"), (11, " and 3 more")])
+def test_the_pictures_of_a_loss_that_is_not_finite_are_named(data, tmp_path, monkeypatch, batch_size, said):
+    poison(monkeypatch, epoch=1, step=2)
+    steps, step = [], train.Training.step
+    monkeypatch.setattr(train.Training, "step", lambda self, *given: steps.append(1) or step(self, *given))
+    with pytest.raises(AevlpError, match="nan in epoch 1, step 2") as error:
+        tiny.train(tmp_path / "run", "an", data, {"batch_size": batch_size})
+    assert len(steps) == 3, "it goes on with a loss that is not finite"
+    order = epoch_order(data.splits["train"], 0, 1)[2 * batch_size :]
+    for i in order[:8]:
+        assert data.paths[i] in str(error.value)
+    assert (f"{said};" in str(error.value)) if said else (" more" not in str(error.value))
+
+
+def test_a_classifier_that_is_not_finite_is_refused(data, tmp_path):
+    made = loop(data, tmp_path)
+    with torch.no_grad():
+        made.net.head.bias[2] = math.nan
+    with pytest.raises(AevlpError, match="outputs on the val split are not finite after epoch 1"):
+        made.probabilities("val")
+
+
+def test_averages_count_the_steps_of_all_epochs(data, tmp_path, monkeypatch):
+    made, told = loop(data, tmp_path, ema=0.9, batch_size=16), []
+    made.evidence.prepare()
+    monkeypatch.setattr(made, "build", lambda: None)
+    monkeypatch.setattr(made.averaged, "update", lambda net, step: told.append((net is made.net, step)))
+    made.go()
+    assert told == [(True, step) for step in range(1, 3 * 4 + 1)]  # 60 pictures, 16 a batch
+
+
+@pytest.mark.parametrize(
+    "size, drop, steps", [(7, True, 8), (7, False, 9), (60, True, 1), (64, True, 1), (59, True, 1)]
+)
+def test_a_short_batch_is_left_out_where_the_recipe_says_so(data, tmp_path, size, drop, steps):
+    made = loop(data, tmp_path, batch_size=size, drop_last=drop)
+    order = epoch_order(data.splits["train"], 0, 1)
+    expected = order[: 60 // size * size] if drop and size < 60 else order
+    assert made.order().tolist() == expected.tolist()
+    made.at["step"] = 1
+    whole, parts = made.start_epoch()
+    assert np.concatenate(whole).tolist() == expected.tolist() and len(whole) == steps == len(parts) + 1
+    assert made.model.training
+    made.model.eval()
+    made.at |= {"step": 0, "epoch": 2}
+    made.start_epoch()
+    assert made.model.training and made.objective.epoch == 2
+
+
+def test_an_objective_starts_its_epoch_with_the_first_step(data, tmp_path):
+    made = loop(data, tmp_path, "gr")
+    made.at |= {"epoch": 2, "step": 3}
+    made.start_epoch()
+    assert made.objective.epoch == 1, "what a checkpoint brought is not begun anew"
+    made.at["step"] = 0
+    made.start_epoch()
+    assert (made.objective.epoch, made.objective.epochs) == (2, 3)
+
+
+@pytest.mark.parametrize("largest", [0.0, 0.2])
+def test_pictures_are_moved_as_the_recipe_says(data, tmp_path, largest):
+    made, local = loop(data, tmp_path, shift=largest), data.splits["train"][[3, 9]]
+    images = [torch.from_numpy(decode(data.paths[i])).permute(2, 0, 1) for i in local]
+    made.at["epoch"] = 4
+    flip = student_flips(local, 0, 4)
+    shift = student_shifts(local, 0.2, 0, 4) if largest else None
+    expected = student_inputs(images, 32, made.net.mean, made.net.std, "cpu", flip, shift)
+    assert torch.equal(made.inputs(local, images), expected)
+
+
+def test_what_a_run_is_built_of(data, tmp_path):
+    made = loop(data, tmp_path)
+    assert not made.pictures.pin_memory and made.window == 1 and made.averaged is None and made.judged is made.net
+    assert type(made.optimizer) is torch.optim.Adam and made.optimizer.defaults["fused"]
+    assert train.OPTIMIZERS["sgd"]([torch.nn.Parameter(torch.ones(1))]).defaults["fused"]
+    for bank, root in ((True, None), (False, False), ("folder", "folder")):
+        assert train.Training(data, "an", tiny.small("an"), 0, tmp_path, "cpu", bank).bank_root == root
+    fit, run = (inspect.signature(f).parameters for f in (train.fit, train.Training))
+    assert {n: run[n].default for n in run} == {n: fit[n].default for n in run} | {"progress": False}
+    assert fit["checkpoint_minutes"].default == inspect.signature(checkpoints.Resume).parameters["minutes"].default
+    assert fit["bank"].default is fit["progress"].default is True
+
+
+class TwoRanks:
+    """Accelerate's second rank of two; what the first holds is what it is told."""
+
+    num_processes, process_index = 2, 1
+
+    def __init__(self, first):
+        self.first = first
+
+    def gather(self, local):
+        return torch.cat([self.first.to(local.dtype), local])
+
+
+def test_ranks_share_pictures_statistics_and_labels(data, tmp_path, monkeypatch):
+    made, sent = loop(data, tmp_path, "gpr+random", backbone="test_convnext"), []
+    made.net.register_buffer("running", torch.zeros(3))
+    monkeypatch.setattr(train, "broadcast", sent.append)
+    val = data.splits["val"]  # 30: 15 each
+    made.accelerator = TwoRanks(torch.full((15, 5), 0.5))
+    probs = made.probabilities("val")
+    assert any(t is made.net.running for t in sent) and len(sent) == len(list(made.net.buffers()))
+    expected = batches.predict(made.net, data, val[1::2], made.recipe)
+    assert (probs[::2] == 0.5).all() and torch.equal(probs[1::2], expected)
+    ids = data.splits["train"][[4, 8, 2, 6]]
+    asked, answer = [], made.labeler.labels
+    monkeypatch.setattr(made.labeler, "labels", lambda batch, epoch: asked.append(batch) or answer(batch, epoch))
+    made.accelerator = TwoRanks(torch.full((2, 5), 7))
+    everything, pseudo = made.labels(ids, ids[1::2], ["b", "d"], torch.zeros(4, 5))
+    assert asked[-1].ids.tolist() == ids[1::2].tolist() and asked[-1].images == ["b", "d"]
+    assert (pseudo[::2] == 7).all() and torch.equal(pseudo[1::2], answer(asked[-1], 1)) and len(everything.ids) == 4
+    made.labeler.needs_logits = True  # of the whole batch, which every rank knows
+    made.labels(ids, ids[1::2], ["b", "d"], torch.zeros(4, 5))
+    assert asked[-1] is not everything and asked[-1].ids.tolist() == ids.tolist() and asked[-1].logits.shape == (4, 5)
+    sent.clear()
+    made.accelerator = SimpleNamespace(num_processes=1, process_index=0)
+    assert torch.equal(made.probabilities("val"), batches.predict(made.net, data, val, made.recipe)) and not sent
+
+
+@pytest.mark.parametrize(
+    "device, there, recipe, says",
+    [
+        (None, False, {}, {"cpu": True}),
+        (None, True, {}, {"cpu": False}),
+        ("cpu", True, {"precision": "bf16"}, {"cpu": True, "mixed_precision": "bf16"}),
+        ("cuda", True, {"precision": "fp16"}, {"cpu": False, "mixed_precision": "fp16"}),
+        ("cpu", False, {"compile": True}, {"dynamo_backend": "inductor"}),
+        ("cuda", False, {}, "sees no GPU"),
+        ("cuda:1", True, {}, "which GPU"),
+        ("cpu", True, {"precision": "fp16"}, "fp16 needs a GPU"),
+    ],
+)
+def test_the_device_that_is_asked_for(monkeypatch, device, there, recipe, says):
+    reset = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    monkeypatch.setattr(train, "Accelerator", lambda **given: given)
+    monkeypatch.setattr(train.AcceleratorState, "_reset_state", lambda **given: reset.append(given))
+    if isinstance(says, str):
+        with pytest.raises(AevlpError, match=says):
+            train._accelerator(device, tiny.small("an", **recipe))
+        return
+    given = train._accelerator(device, tiny.small("an", **recipe), "tensorboard", "folder")
+    rest = {"mixed_precision": "no", "dynamo_backend": None, "log_with": "tensorboard", "project_dir": "folder"}
+    assert given == {"cpu": None} | rest | says | ({} if "cpu" in says else {"cpu": device == "cpu"})
+    assert reset == [{"reset_partial_state": True}]
+
+
+def test_every_small_split_is_judged_by_what_it_has():
+    """Against loops over all splits of three pictures and two classes, each label known or not, given or not."""
+
+    def chosen(rule, truth, observed):
+        data = SimpleNamespace(
+            name="d", class_names="ab", truth=truth, observed=observed, splits={"val": np.arange(len(observed))}
+        )
+        try:
+            return train.chosen_by(rule, data)
+        except AevlpError:
+            return "refused"
+
+    for labels in itertools.product((-1, 0, 1), repeat=6):
+        truth = np.array(labels).reshape(3, 2)
+        mean = possible = 0
+        for c in range(2):
+            column = truth[:, c].tolist()
+            mean += sum(v != -1 for v in column) / 2
+            possible |= 1 in column and (0 in column or column == [1, 1, 1])
+        for given in (-1, 0, 1):
+            observed = np.zeros((3, 2), int)
+            observed[1, 0] = given
+            known = ["map"] * possible + ["auc_observed"] * (given == 1)
+            assert chosen("map", truth, observed) == ("map" if possible else "refused")
+            assert chosen("auc_observed", truth, observed) == ("auc_observed" if given == 1 else "refused")
+            order = known if mean >= 3 else known[::-1]
+            assert chosen("auto", truth, observed) == (order[0] if order else None), (truth, given)
+    assert chosen("auto", None, np.eye(3, 2)) == "auc_observed" and chosen("map", None, np.eye(3, 2)) == "refused"
+    assert train.chosen_by("auto", SimpleNamespace(class_names="ab", truth=None, observed=observed, splits={})) is None
+    for known, rule in ((199, "auc_observed"), (200, "map")):  # of 300 pictures
+        truth = np.full((300, 2), -1)
+        truth[:known], truth[0] = 0, 1
+        assert chosen("auto", truth, np.ones((300, 2))) == rule
+
+
+def test_a_run_computes_alike_whatever_its_caller_does(data, tmp_path):
+    seen = []
+
+    def told(row):
+        seen.append((torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()))
+
+    tiny.train(tmp_path / "run", "an", data, {"epochs": 1, "threads": 2}, on_epoch=told)
+    assert seen == [(True, 2)] and not torch.are_deterministic_algorithms_enabled() and torch.get_num_threads() == 1
+
+
+@pytest.mark.parametrize("method", ["clip", "clip-piaa"])
+def test_a_teacher_is_asked_and_kept_as_a_run(data, tmp_path, monkeypatch, method):
+    clock, waited = Clock(monkeypatch), []
+    passing(monkeypatch, clock, train.Asked, "validate", 7.12345)
+    monkeypatch.setattr(train.Accelerator, "wait_for_everyone", lambda self: waited.append(self))
+    metrics = tiny.train(tmp_path / "run", method, data, tiny.CLIP)
+    (row,) = pd.read_csv(tmp_path / "run/history.csv").to_dict("records")
+    assert (row["epoch"], row["seconds"], metrics["best_epoch"], metrics["epochs_run"]) == (0, 7.123, 0, 0)
+    assert row["images_per_second"] == pytest.approx((120 if method == "clip-piaa" else 30) / 7.12345)
+    assert math.isnan(row["loss"]) and row["val_map"] == metrics["val_map"] and metrics["seconds"] == 7.123
+    model, settings, _ = evidence.load_run(tmp_path / "run")
+    assert settings["epoch"] == 0 and settings["method"] == method and len(waited) == 3
+    saved = np.load(tmp_path / "run/predictions.npz")
+    assert sklearn_map(saved["val_probs"], data.targets("val")) == pytest.approx(metrics["val_map"], abs=1e-3)
+    images = [torch.from_numpy(decode(data.paths[i])).permute(2, 0, 1) for i in saved["ids"]]
+    np.testing.assert_allclose(model.scores(images).numpy(), saved["probs"], atol=1e-3)
