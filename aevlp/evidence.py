@@ -75,11 +75,12 @@ def measured(
     "What can be said of a split, and its counts and values per class."
     truth, given = _known(data, ids)
     average, auc = score(data, ids, probs)
-    interval = map_interval(probs.cpu(), truth, _empty(data)) if (value := class_mean(average)) is not None else None
-    said = {"map": interval and [value, *interval[1:]]} | single_positive(probs.cpu(), given)
-    positives = np.where(
-        (truth >= 0).any(0), truth == 1, given == 1
-    )  # of a class of which nothing else is known: the given ones
+    known, said, value = (truth >= 0).any(0), {"map": None}, class_mean(average)
+    if value is not None:
+        interval = map_interval(probs.cpu()[:, torch.from_numpy(known)], truth[:, known], _empty(data))
+        said["map"] = [value, *interval[1:]]
+    said |= single_positive(probs.cpu(), given)
+    positives = np.where(known, truth == 1, given == 1)  # of a class of which nothing else is known: the given ones
     counts = {"per_class_positives": positives, "per_class_n": truth >= 0, "per_class_given": given == 1}
 
     def named(values):
