@@ -731,6 +731,9 @@ def test_colour_jpegs_alone_are_read_by_torchvision(tmp_path, monkeypatch):
         Image.fromarray(SCENE).convert(mode).save(tmp_path / name)
         decode(tmp_path / name)
     assert asked == ["rgb.jpg"]
+    with Image.open(tmp_path / "rgb.jpg") as im:
+        assert np.array_equal(real(tmp_path / "rgb.jpg"), np.asarray(im))
+    assert real(tmp_path / "rgb.png") is None
 
 
 def test_a_broken_jpeg_is_tried_by_pillow_where_that_is_not_too_large(tmp_path, monkeypatch):
