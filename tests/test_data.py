@@ -355,11 +355,11 @@ def test_a_set_does_not_change_and_is_itself_alone():
 
 
 def test_a_summary_counts():
-    truth = np.array([[1, 1, 0], [0, 0, 0], [1, -1, 0], [0, 0, 1], [1, 1, 0]], np.int8)
+    truth = np.array([[1, 1, 0], [0, 0, 0], [1, -1, 0], [0, 1, 1], [1, 1, 0]], np.int8)
     observed = np.array([[1, 0, 0], [0, 0, 0], [-1, 1, 1], [0, 0, 1], [1, 0, 0]], np.int8)
     splits = {"train": [0, 1, 2], "val": [3], "test": []}
     found = LabelledImages("x", list("abcde"), "abc", observed, truth, splits).summary()
-    assert found.loc["train"].tolist() == [3, 2, 1.0, 1, 1.0] and found.loc["val"].tolist() == [1, 1, 1.0, 0, 1.0]
+    assert found.loc["train"].tolist() == [3, 2, 1.0, 1, 1.0] and found.loc["val"].tolist() == [1, 2, 2.0, 0, 1.0]
     assert found.loc["test"].fillna(-1).tolist() == [0, 0, -1, 0, -1] and found.index.tolist() == list(splits)
     thirds = replace(labelled(n=4), splits={"train": [0, 1, 2]})
     share = (thirds.truth[:3] == 1).sum() / 3
@@ -454,6 +454,10 @@ def test_threads_of_the_pool_work_alone():
             in_threads(lambda i: torch.zeros(10**6).add_(i) is not None and torch.get_num_threads(), range(6))
         ) == {1}
         assert torch.get_num_threads() == 3
+        later = []
+        thread = threading.Thread(target=lambda: (torch.zeros(10**6).add_(1), later.append(torch.get_num_threads())))
+        thread.start(), thread.join()
+        assert later == [3], "a thread that is started afterwards works alone as well"
     finally:
         torch.set_num_threads(before)
 
