@@ -182,21 +182,10 @@ def sweep(
     from aevlp import recipes, sweeps
 
     _track(tracker)
-    table = sweeps.sweep(
-        spec,
-        dataset,
-        root,
-        csv,
-        _numbers(seeds),
-        recipes.parse_overrides(set_ or []),
-        workers,
-        threads,
-        scheduler,
-        dry_run=dry_run,
-        show=not as_json,
-        separator=separator,
-        reviewed=reviewed,
-    )
+    data = dict(dataset=dataset, root=root, csv=csv, separator=separator, reviewed=reviewed)
+    given = recipes.parse_overrides(set_ or [])
+    how = dict(workers=workers, threads=threads, scheduler=scheduler, dry_run=dry_run, show=not as_json)
+    table = sweeps.sweep(spec, seeds=_numbers(seeds), overrides=given, **data, **how)
     _show(table, as_json, index=False)
     if dry_run and not as_json:
         typer.echo(sweeps.cost(table, workers or sweeps.machine_workers(threads)))

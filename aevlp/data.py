@@ -67,17 +67,6 @@ class progress:
         elif time.monotonic() > self.appears:
             self.bar = tqdm(total=self.total, initial=self.n, postfix=self.postfix, dynamic_ncols=True, **self.kw)
 
-    def set_postfix_str(self, text: str):
-        "Shown behind the bar."
-        self.postfix = text
-        if self.bar is not None:
-            self.bar.set_postfix_str(text)
-
-    def close(self):
-        "Take the bar away."
-        if self.bar is not None:
-            self.bar.close()
-
     def __iter__(self):
         with self:
             for item in self.iterable:
@@ -89,6 +78,21 @@ class progress:
 
     def __exit__(self, *error):
         self.close()
+
+# %% ../nbs/03_data.ipynb #04e19a8a
+@patch
+def set_postfix_str(self: progress, text: str):
+    "Shown behind the bar."
+    self.postfix = text
+    if self.bar is not None:
+        self.bar.set_postfix_str(text)
+
+
+@patch
+def close(self: progress):
+    "Take the bar away."
+    if self.bar is not None:
+        self.bar.close()
 
 # %% ../nbs/03_data.ipynb #5c1d7e02
 def nearest(
@@ -535,28 +539,11 @@ class LabelledImages:
         _check_splits(self.name, splits, len(paths))
         observed = _label_matrix(self.name, "observed", self.observed, shape, (-1, 0, 1))
         truth = None if truth is None else _label_matrix(self.name, "truth", truth, shape, (-1, 0, 1))
-        new = dict(paths=paths, class_names=classes, observed=observed, truth=truth, splits=splits)
-        for key, value in new.items():
+        for key, value in dict(paths=paths, class_names=classes, observed=observed, truth=truth, splits=splits).items():
             object.__setattr__(self, key, value)
 
     def __len__(self):
         return len(self.paths)
-
-    def targets(
-        self,
-        split: str,  # 'train', 'val' or 'test'
-    ) -> np.ndarray:  # (n, C) int8: 1, 0, and -1 where the truth has holes
-        "Truth of a split; its observed positives where there is no truth at all."
-        known = (self.observed == 1).astype(np.int8) if self.truth is None else self.truth
-        return known[self.splits[split]]
-
-    def clean(
-        self,
-        split: str,  # 'train', 'val' or 'test'
-    ) -> np.ndarray:  # (n,) bool
-        "Which pictures of a split have every label known."
-        ids = self.splits.get(split, np.array([], np.int64))
-        return np.zeros(len(ids), bool) if self.truth is None else (self.truth[ids] >= 0).all(1)
 
     @cached_property
     def fingerprint(self) -> str:  # 12 hexadecimal digits
@@ -570,9 +557,31 @@ class LabelledImages:
             hashlib.sha256(_contents(self.paths)[:, :16].tobytes()).hexdigest()[:12] if self.own else self.fingerprint
         )
 
-    def suspects(self) -> np.ndarray:  # positions
-        "Pictures that may not be whole, from the first and last bytes of their files; decoding decides."
-        return np.flatnonzero(_contents(self.paths)[:, 16])
+# %% ../nbs/03_data.ipynb #c129f5ad
+@patch
+def targets(
+    self: LabelledImages,
+    split: str,  # 'train', 'val' or 'test'
+) -> np.ndarray:  # (n, C) int8: 1, 0, and -1 where the truth has holes
+    "Truth of a split; its observed positives where there is no truth at all."
+    known = (self.observed == 1).astype(np.int8) if self.truth is None else self.truth
+    return known[self.splits[split]]
+
+
+@patch
+def clean(
+    self: LabelledImages,
+    split: str,  # 'train', 'val' or 'test'
+) -> np.ndarray:  # (n,) bool
+    "Which pictures of a split have every label known."
+    ids = self.splits.get(split, np.array([], np.int64))
+    return np.zeros(len(ids), bool) if self.truth is None else (self.truth[ids] >= 0).all(1)
+
+
+@patch
+def suspects(self: LabelledImages) -> np.ndarray:  # positions
+    "Pictures that may not be whole, from the first and last bytes of their files; decoding decides."
+    return np.flatnonzero(_contents(self.paths)[:, 16])
 
 # %% ../nbs/03_data.ipynb #34d70dd8
 @patch

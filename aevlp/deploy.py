@@ -444,9 +444,8 @@ def export(
         pictures = torch.randn(5, *shape)
         difference = float(np.abs(reads(pictures) - model(pictures).numpy()).max())
         if not difference < 1e-3:
-            raise runs.RunFailed(
-                f"the {form} file differs from PyTorch by {difference:.2g} on random input; it was not kept"
-            )
+            said = f"the {form} file differs from PyTorch by {difference:.2g} on random input; it was not kept"
+            raise runs.RunFailed(said)
         with replacing(out) as file, open(made, "rb") as written:
             shutil.copyfileobj(written, file)
     write_json(beside, about)
@@ -614,11 +613,7 @@ def _card_facts(run, params, metrics) -> dict:
     truth = bool(said["truth"]) and (test is None or bool((test.targets >= 0).any()))
     table = by_class(run, metrics, said["class_names"], truth).rename(index=in_markdown)
     score = table.iloc[:, 0]
-    limit = (
-        "It saw full labels in training."
-        if method.name == "full"
-        else "It learned from incomplete labels: what was never given as a positive it may have learned to miss."
-    )
+    limit = "It learned from incomplete labels: what was never given as a positive it may have learned to miss."
     without = int((table.iloc[:, 1] == 0).sum())
     return (
         dict.fromkeys(("version", "commit", "torch", "device"), "unknown")
@@ -642,7 +637,7 @@ def _card_facts(run, params, metrics) -> dict:
             overrides=", ".join(f"`{k}={v}`" for k, v in params["overrides"].items()) or "nothing",
             chosen=chosen_by(said),
             per_class=_table(table),
-            limit=limit,
+            limit="It saw full labels in training." if method.name == "full" else limit,
             created=runs.status(run).get("ended", ""),
             weakest=", ".join(score.nsmallest(3).index) or "unknown, as the truth is",
             settings=_table(pd.Series(params["recipe"], name="value").rename_axis("setting").astype(str).to_frame()),

@@ -72,6 +72,10 @@ function listen(model, el) {
     event.stopPropagation()
     press(event.key)
   }
+"""
+
+# %% ../nbs/38_draw.ipynb #b160b267
+_STAGE += """
   const queue = []
   let busy = null
   const press = key => {
@@ -120,6 +124,10 @@ function render({model, el}) {
     group.onclick = () => { model.set('selected', model.get('selected') === i ? -1 : i); model.save_changes() }
     return group
   }
+"""
+
+# %% ../nbs/38_draw.ipynb #0b19b67e
+_STAGE += """
   const draw = () => {
     const [w, h] = model.get('size')
     el.style.setProperty('--ratio', w / h)
@@ -279,6 +287,10 @@ _GRID += """
     pane.scrollTop = pane.scrollLeft = 0
     reveal()
   }
+"""
+
+# %% ../nbs/38_draw.ipynb #d9cdae31
+_GRID += """
   const reveal = () => {
     const i = model.get('current'), [x, y] = spot(Math.max(i, 0)), high = side() + foot
     if (i >= 0 && strip) pane.scrollLeft = x + side() / 2 - pane.clientWidth / 2
@@ -298,12 +310,8 @@ _GRID += """
 export default {render}
 """
 
-# %% ../nbs/38_draw.ipynb #8631bc24
-class Grid(anywidget.AnyWidget):
-    "Thumbnails of a whole list, of which only those in sight are made."
-
-    _esm = _GRID
-    _css = """
+# %% ../nbs/38_draw.ipynb #c55081d0
+_GRID_CSS = """
 .aevlp-grid .pane { position: relative; overflow: auto; height: var(--high, 60vh); min-height: 200px }
 .aevlp-grid.strip .pane { height: 62px; min-height: 0; overflow: auto hidden; scrollbar-width: none }
 .aevlp-grid .field { position: relative }
@@ -318,6 +326,13 @@ class Grid(anywidget.AnyWidget):
 .aevlp-grid b { position: absolute; right: 3px; top: 3px; min-width: 16px; padding: 0 3px; border-radius: 8px;
   background: #D55E00; color: white; font: 700 11px/16px sans-serif; text-align: center }
 """
+
+# %% ../nbs/38_draw.ipynb #8631bc24
+class Grid(anywidget.AnyWidget):
+    "Thumbnails of a whole list, of which only those in sight are made."
+
+    _esm = _GRID
+    _css = _GRID_CSS
     count = traitlets.Int(0).tag(sync=True)  # of pictures in the list
     turn = traitlets.Int(0).tag(sync=True)  # raised with every new list
     current = traitlets.Int(-1).tag(sync=True)  # the one with the frame
@@ -416,6 +431,10 @@ _MAP += """
     svg.ring.setAttribute('visibility', i < 0 ? 'hidden' : 'visible')
     if (i >= 0) { svg.ring.setAttribute('cx', X(i)); svg.ring.setAttribute('cy', Y(i)) }
   }
+"""
+
+# %% ../nbs/38_draw.ipynb #67292fab
+_MAP += """
   svg.onpointerleave = () => { tip.hidden = true; near = -1 }
   svg.onpointerup = () => {
     const way = lasso ?? [], far = Math.max(0, ...way.map(([x, y]) => Math.hypot(x - way[0][0], y - way[0][1])))
@@ -661,6 +680,24 @@ def _negatives(class_names, found, final, of):
         f"negative{f' ({html.escape(of)})' if of else ''}</summary>{listed}</details>"
     )
 
+# %% ../nbs/38_draw.ipynb #4ea7c015
+def _heat_columns(probs, shown, class_names, given, top, high) -> str:  # SVG: a name and a cell for each view
+    wide, out = 100 / len(shown), []
+    for k, c in enumerate(shown):
+        name = ("★ " if c in given else "") + class_names[c]
+        out.append(
+            f'<svg x="{(k + 0.5) * wide:.3f}%" y="{top - 4}" overflow="visible"><text transform="rotate(-45)" '
+            f'font-size="11">{html.escape(name)}</text></svg>'
+        )
+        for v, p in enumerate(probs[:, c]):
+            title = f"{'whole picture' if v == 0 else f'patch {v}'}, {class_names[c]}: {p:.3f}"
+            out.append(
+                f'<rect x="{k * wide:.3f}%" y="{top + v * high + (3 if v else 0)}" width="{wide:.3f}%" '
+                f'height="{high - 1}" fill="#0072B2" fill-opacity="{max(p, 0.03):.3f}" stroke="#8882">'
+                f"<title>{html.escape(title)}</title></rect>"
+            )
+    return "".join(out)
+
 # %% ../nbs/38_draw.ipynb #34817333
 def heat_html(
     probs,  # (1+R,C) similarities of the views in [0,1], the whole picture first
@@ -675,49 +712,26 @@ def heat_html(
     order = np.argsort(-probs.max(0), kind="stable")
     first = [*dict.fromkeys([*map(int, given), *map(int, keep)])]
     shown = sorted({*first, *order[: max(0, most - len(first))].tolist()})
-    wide, high, top, left = 100 / len(shown), 15, 74, 46
-
-    def at(k):
-        return f"{k * wide:.3f}%"
-
-    cells, names = [], []
-    for k, c in enumerate(shown):
-        name = ("★ " if c in given else "") + class_names[c]
-        names.append(
-            f'<svg x="{(k + 0.5) * wide:.3f}%" y="{top - 4}" overflow="visible"><text transform="rotate(-45)" '
-            f'font-size="11">{html.escape(name)}</text></svg>'
-        )
-        for v, p in enumerate(probs[:, c]):
-            title = f"{'whole picture' if v == 0 else f'patch {v}'}, {class_names[c]}: {p:.3f}"
-            cells.append(
-                f'<rect x="{at(k)}" y="{top + v * high + (3 if v else 0)}" width="{wide:.3f}%" height="{high - 1}" '
-                'fill="#0072B2" '
-                f'fill-opacity="{max(p, 0.03):.3f}" stroke="#8882"><title>{html.escape(title)}</title></rect>'
-            )
+    high, top, left = 15, 74, 46
+    columns = _heat_columns(probs, shown, class_names, given, top, high)
     rows = "".join(
         f'<text x="-4" y="{top + v * high + 12 + (2 if v else 0)}" text-anchor="end" '
         f'font-size="11">{v or "whole"}</text>'
         for v in range(len(probs))
     )
-    ring = (
-        ""
-        if selected is None
-        else (
+    ring = said = ""
+    if selected is not None:
+        ring = (
             f'<rect x="0" y="{top + (selected + 1) * high + 2}" width="100%" height="{high}" fill="none" '
             'stroke="#E69F00" stroke-width="2.5"/>'
         )
-    )
-    rest = len(class_names) - len(shown)
-    said = (
-        ""
-        if not rest
-        else f'<div class="soft">{rest} {"class" if rest == 1 else "classes"} below '
-        f"{np.delete(probs, shown, 1).max() + 0.0005:.3f} left out</div>"
-    )
+    if rest := len(class_names) - len(shown):
+        least = np.delete(probs, shown, 1).max() + 0.0005
+        said = f'<div class="soft">{rest} {"class" if rest == 1 else "classes"} below {least:.3f} left out</div>'
     return (
         f'<div style="padding:0 40px 0 {left}px"><svg width="100%" height="{top + len(probs) * high + 6}" '
         'style="overflow:visible">'
-        f"{''.join(names)}{''.join(cells)}{rows}{ring}</svg></div>{said}"
+        f"{columns}{rows}{ring}</svg></div>{said}"
     )
 
 # %% ../nbs/38_draw.ipynb #366c4559

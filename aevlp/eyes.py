@@ -52,32 +52,6 @@ class Eyes:
             view_plan(ids, sizes, self.settings, self.seed, epoch) if epoch else evaluation_plan(sizes, self.settings)
         )
 
-    def parts(self, images, ids, epoch):  # yields (b, 1 + R, 3, S, S), of consecutive images
-        "The views of some images: on the CPU a few images at a time, at least one a thread."
-        device = self.clip.device
-        if self.settings is None:
-            yield student_inputs(images, self.clip.image_size, self.clip.mean, self.clip.std, device)[:, None]
-            return
-        plan = self.plan(ids, [i.shape[-2:] for i in images], epoch)
-        few = (
-            max(torch.get_num_threads(), _PART // (plan.flip.shape[1] * self.settings.size**2))
-            if device.type == "cpu"
-            else len(images)
-        )
-        for part in np.array_split(np.arange(len(images)), math.ceil(len(images) / few)):
-            part = slice(part[0], part[-1] + 1)
-            yield make_views(images[part], plan[part], self.settings, device)
-
-    def encode(
-        self, images, ids, epoch
-    ):  # -> (b, 1 + R, K) float16, unit norm: what the bank holds, so that labels are the same without it
-        return torch.cat(
-            [
-                self.clip.encode_images(v.flatten(0, 1)).unflatten(0, v.shape[:2]).half()
-                for v in self.parts(images, ids, epoch)
-            ]
-        )
-
     def __call__(self, batch, epoch):  # -> (B, 1 + R, K)
         ids = batch.ids.cpu()
         if self.bank is None:
@@ -88,6 +62,36 @@ class Eyes:
             self.bank.put(epoch, ids[places], self.encode([batch.images[i] for i in places], ids[places], epoch))
             found = self.bank.get(epoch, ids)
         return found.to(self.clip.device).float()
+
+# %% ../nbs/10_eyes.ipynb #d9f02e2f
+@patch
+def parts(self: Eyes, images, ids, epoch):  # yields (b, 1 + R, 3, S, S), of consecutive images
+    "The views of some images: on the CPU a few images at a time, at least one a thread."
+    device = self.clip.device
+    if self.settings is None:
+        yield student_inputs(images, self.clip.image_size, self.clip.mean, self.clip.std, device)[:, None]
+        return
+    plan = self.plan(ids, [i.shape[-2:] for i in images], epoch)
+    few = (
+        max(torch.get_num_threads(), _PART // (plan.flip.shape[1] * self.settings.size**2))
+        if device.type == "cpu"
+        else len(images)
+    )
+    for part in np.array_split(np.arange(len(images)), math.ceil(len(images) / few)):
+        part = slice(part[0], part[-1] + 1)
+        yield make_views(images[part], plan[part], self.settings, device)
+
+
+@patch
+def encode(
+    self: Eyes, images, ids, epoch
+):  # -> (b, 1 + R, K) float16, unit norm: what the bank holds, so that labels are the same without it
+    return torch.cat(
+        [
+            self.clip.encode_images(v.flatten(0, 1)).unflatten(0, v.shape[:2]).half()
+            for v in self.parts(images, ids, epoch)
+        ]
+    )
 
 # %% ../nbs/10_eyes.ipynb #5835a6e9
 class TokenEyes(Eyes):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
@@ -64,13 +65,6 @@ class Embeddings:
         for number, ids in enumerate(data.splits.values()):
             self.split[ids], self.row[ids] = number, np.arange(len(ids))
 
-    def _parts(self, split, epoch):  # yields (b, V, K) float16, of consecutive pictures of the split
-        ids = self.data.splits[split]
-        if self.bank:
-            yield from (self.bank.get(0, part) for part in np.array_split(ids, max(len(ids) // 256, 1)))
-        else:
-            yield from self.eyes.split(self.data, split, self.root, epoch)
-
     def table(self, split, epoch):  # -> (n, W) float16, of the whole split
         "The rows of a split in an epoch; 0: evaluation views."
         key = split, 0 if self.bank else epoch and turn(epoch, self.recipe.view_epochs)
@@ -84,37 +78,52 @@ class Embeddings:
     def width(self):  # W
         return self.bank.shape[2] * (3 if self.bank.shape[1] > 1 else 1) if self.bank else 3 * self.eyes.clip.width
 
-    def moments(self):  # -> mean (W,), deviation (W,), float32
-        "Of the training rows of all epochs that come in turn."
-        epochs = range(1, max(self.recipe.view_epochs, 1) + 1)
-        var, mean = map(
-            torch.stack, zip(*(torch.var_mean(self.table("train", e).float(), 0, correction=0) for e in epochs))
-        )
-        return mean.mean(0), (var.mean(0) + mean.var(0, correction=0)).sqrt().clamp(min=1e-6)
-
     def parts(self, ids, size, side=None):
         return np.split(np.asarray(ids, np.int64), range(size, len(ids), size)) if len(ids) else []
 
-    def batches(
-        self,
-        parts,  # of (b,) positions in the data set, one array a batch
-        epoch=0,  # from 1: the training views of that epoch; 0: evaluation views
-        side=None,
-    ):  # of pictures, which are not decoded here
-        "The pictures of each part, in order: yields (`Embedded`, (b,) positions)."
-        for part in parts:
-            ids = np.asarray(part)
-            yield Embedded(self._rows(ids, epoch), ids, self.pictures), part
+# %% ../nbs/14_frozen.ipynb #b8f67eee
+@patch
+def moments(self: Embeddings):  # -> mean (W,), deviation (W,), float32
+    "Of the training rows of all epochs that come in turn."
+    epochs = range(1, max(self.recipe.view_epochs, 1) + 1)
+    var, mean = map(
+        torch.stack, zip(*(torch.var_mean(self.table("train", e).float(), 0, correction=0) for e in epochs))
+    )
+    return mean.mean(0), (var.mean(0) + mean.var(0, correction=0)).sqrt().clamp(min=1e-6)
 
-    def _rows(self, ids, epoch):
-        if epoch:
-            return self.table("train", epoch)[torch.from_numpy(self.row[ids])]
-        numbers = self.split[ids]
-        found = [(numbers == n, self.table(self.names[n], 0)) for n in np.unique(numbers)]
-        out = torch.empty(len(ids), found[0][1].shape[1], dtype=torch.float16, device=self.device)
-        for where, table in found:
-            out[torch.from_numpy(where)] = table[torch.from_numpy(self.row[ids[where]])]
-        return out
+# %% ../nbs/14_frozen.ipynb #149289a1
+@patch
+def batches(
+    self: Embeddings,
+    parts,  # of (b,) positions in the data set, one array a batch
+    epoch=0,  # from 1: the training views of that epoch; 0: evaluation views
+    side=None,
+):  # of pictures, which are not decoded here
+    "The pictures of each part, in order: yields (`Embedded`, (b,) positions)."
+    for part in parts:
+        ids = np.asarray(part)
+        yield Embedded(self._rows(ids, epoch), ids, self.pictures), part
+
+
+@patch
+def _rows(self: Embeddings, ids, epoch):
+    if epoch:
+        return self.table("train", epoch)[torch.from_numpy(self.row[ids])]
+    numbers = self.split[ids]
+    found = [(numbers == n, self.table(self.names[n], 0)) for n in np.unique(numbers)]
+    out = torch.empty(len(ids), found[0][1].shape[1], dtype=torch.float16, device=self.device)
+    for where, table in found:
+        out[torch.from_numpy(where)] = table[torch.from_numpy(self.row[ids[where]])]
+    return out
+
+
+@patch
+def _parts(self: Embeddings, split, epoch):  # yields (b, V, K) float16, of consecutive pictures of the split
+    ids = self.data.splits[split]
+    if self.bank:
+        yield from (self.bank.get(0, part) for part in np.array_split(ids, max(len(ids) // 256, 1)))
+    else:
+        yield from self.eyes.split(self.data, split, self.root, epoch)
 
 # %% ../nbs/14_frozen.ipynb #5781fc19
 def _held(path, ids):  # -> rows and ids as they are in the file, or as given

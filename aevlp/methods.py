@@ -11,6 +11,7 @@ import math
 from functools import partial
 
 import torch
+from fastcore.basics import patch
 from torch import nn
 
 from . import losses
@@ -47,9 +48,6 @@ class Objective:
     def param_groups(self, lr):
         return []  # groups of its own trainable tensors for the optimizer
 
-    def parameters(self):
-        return [p for g in self.param_groups(0.0) for p in g["params"]]
-
     def start_epoch(self, epoch, epochs):
         self.epoch, self.epochs = epoch, epochs  # epoch = 1..epochs
 
@@ -59,25 +57,40 @@ class Objective:
     def learn(self, probs):
         "Take in the classifier's probabilities (N, C) on the training split."
 
-    def end_epoch(self, epoch, predict):  # predict() -> probs (N, C), evaluation mode, no augmentation
-        if self.needs_predictions(epoch):
-            self.learn(torch.as_tensor(predict(), dtype=torch.float32, device=self.device))
-
     def loss(self, output, batch, pseudo):
         raise NotImplementedError  # output of the classifier, `Batch`, (B, C) in {-1, 0, 1} -> scalar
 
-    def state_dict(self):
-        return {k: getattr(self, k).detach().clone() for k in self.state}
+# %% ../nbs/15_methods.ipynb #cf2b19b4
+@patch
+def parameters(self: Objective):
+    return [p for g in self.param_groups(0.0) for p in g["params"]]
 
-    def load_state_dict(self, state):
-        for k in self.state:
-            getattr(self, k).data.copy_(state[k])
+# %% ../nbs/15_methods.ipynb #51c4c2aa
+@patch
+def end_epoch(self: Objective, epoch, predict):  # predict() -> probs (N, C), evaluation mode, no augmentation
+    if self.needs_predictions(epoch):
+        self.learn(torch.as_tensor(predict(), dtype=torch.float32, device=self.device))
 
-    def rows(self, batch):
-        return batch.rows.to(self.device)
+# %% ../nbs/15_methods.ipynb #39d5297f
+@patch
+def rows(self: Objective, batch):
+    return batch.rows.to(self.device)
 
-    def logits(self, output):
-        return logits_of(output)
+
+@patch
+def logits(self: Objective, output):
+    return logits_of(output)
+
+# %% ../nbs/15_methods.ipynb #72e1ed3a
+@patch
+def state_dict(self: Objective):
+    return {k: getattr(self, k).detach().clone() for k in self.state}
+
+
+@patch
+def load_state_dict(self: Objective, state):
+    for k in self.state:
+        getattr(self, k).data.copy_(state[k])
 
 # %% ../nbs/15_methods.ipynb #85bf590d
 def merged(observed, pseudo):  # (B, C), (B, C)

@@ -9,6 +9,7 @@ __all__ = ['ASSUMPTION', 'MEASURES', 'average_precision', 'mean_average_precisio
 
 # %% ../nbs/00_metrics.ipynb #3b2e087b
 import numpy as np
+from fastcore.basics import patch
 
 # %% ../nbs/00_metrics.ipynb #191e9b8e
 def average_precision(
@@ -325,34 +326,42 @@ class PseudoLabelMeter:
 
         self.pseudo[torch.as_tensor(ids).cpu()] = torch.as_tensor(pseudo).cpu().to(torch.int8)
 
-    def end_epoch(self) -> dict:  # precision, recall, accumulated_precision, accumulated_recall, negative_precision
-        "Close the epoch: its measures, also appended to `history`."
-        self.ever |= self.pseudo == 1
-        nan = dict.fromkeys(("precision", "recall", "negative_precision"), float("nan"))
-        now, union = (
-            nan if self.truth is None else pseudo_label_quality(l, self.observed, self.truth)
-            for l in (self.pseudo, self.ever)
+# %% ../nbs/00_metrics.ipynb #dbf7fc2c
+@patch
+def end_epoch(
+    self: PseudoLabelMeter,
+) -> dict:  # precision, recall, accumulated_precision, accumulated_recall, negative_precision
+    "Close the epoch: its measures, also appended to `history`."
+    self.ever |= self.pseudo == 1
+    nan = dict.fromkeys(("precision", "recall", "negative_precision"), float("nan"))
+    now, union = (
+        nan if self.truth is None else pseudo_label_quality(l, self.observed, self.truth)
+        for l in (self.pseudo, self.ever)
+    )
+    self.history.append(
+        dict(
+            precision=now["precision"],
+            recall=now["recall"],
+            accumulated_precision=union["precision"],
+            accumulated_recall=union["recall"],
+            negative_precision=now["negative_precision"],
         )
-        self.history.append(
-            dict(
-                precision=now["precision"],
-                recall=now["recall"],
-                accumulated_precision=union["precision"],
-                accumulated_recall=union["recall"],
-                negative_precision=now["negative_precision"],
-            )
-        )
-        self.pseudo = self.pseudo.new_zeros(self.pseudo.shape)
-        return self.history[-1]
+    )
+    self.pseudo = self.pseudo.new_zeros(self.pseudo.shape)
+    return self.history[-1]
 
-    def state_dict(self) -> dict:
-        "What a resumed run needs."
-        return dict(pseudo=self.pseudo.clone(), ever=self.ever.clone(), history=[dict(row) for row in self.history])
+# %% ../nbs/00_metrics.ipynb #5397b2f4
+@patch
+def state_dict(self: PseudoLabelMeter) -> dict:
+    "What a resumed run needs."
+    return dict(pseudo=self.pseudo.clone(), ever=self.ever.clone(), history=[dict(row) for row in self.history])
 
-    def load_state_dict(self, state: dict):
-        "Go on from `state_dict()`."
-        self.pseudo, self.ever, self.history = (
-            state["pseudo"].clone(),
-            state["ever"].clone(),
-            [dict(row) for row in state["history"]],
-        )
+
+@patch
+def load_state_dict(self: PseudoLabelMeter, state: dict):
+    "Go on from `state_dict()`."
+    self.pseudo, self.ever, self.history = (
+        state["pseudo"].clone(),
+        state["ever"].clone(),
+        [dict(row) for row in state["history"]],
+    )

@@ -227,6 +227,23 @@ def _environment(token, temporary):
     path = os.pathsep.join(filter(None, [f"{temporary}/jupyter", os.environ.get("JUPYTER_PATH")]))
     return os.environ | {"JUPYTER_TOKEN": token, "JUPYTER_PATH": path}
 
+# %% ../nbs/39_pages.ipynb #f4ee9047
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def _announce(url, browser, say, tell):
+    say(url)
+    tell("CLIP is loaded and the first picture drawn when the page opens: some seconds. Ctrl-C ends it.")
+    if browser:
+        webbrowser.open(url)
+
+
+def _ended(*_):
+    raise _Ended
+
 # %% ../nbs/39_pages.ipynb #fab46052
 def serve(
     kind: str,  # 'jupyterlab' or 'voila'
@@ -237,37 +254,22 @@ def serve(
     tell=print,  # what one waits for
 ) -> int:  # 0, or 1 where the server failed
     "A server on 127.0.0.1 with a token of its own, until Ctrl-C, SIGTERM, or a closed terminal; kernels end with it."
-    if not port:
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
-    elif answers(port):
+    port = port or _free_port()
+    if answers(port):
         raise AevlpError(f"port {port} is taken; choose another, or leave --port out")
 
-    def ended(*_):
-        raise _Ended
-
-    before = {s: signal.signal(s, ended) for s in (signal.SIGTERM, signal.SIGHUP)}
+    before = {s: signal.signal(s, _ended) for s in (signal.SIGTERM, signal.SIGHUP)}
     token, server, name = secrets.token_urlsafe(24), None, {"jupyterlab": "JupyterLab", "voila": "the page"}[kind]
     with tempfile.TemporaryDirectory(prefix="aevlp-") as temporary, tempfile.TemporaryFile() as log:
         try:
             tell(f"starting {name} …")
             command, place = _command(kind, notebook, port, temporary)
-            server = subprocess.Popen(
-                [sys.executable, "-m", *command],
-                env=_environment(token, temporary),
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
+            how = dict(env=_environment(token, temporary), stdout=log, stderr=log, start_new_session=True)
+            server = subprocess.Popen([sys.executable, "-m", *command], **how)
             while server.poll() is None and not answers(port):
                 time.sleep(0.1)
             if server.poll() is None:
-                url = f"http://127.0.0.1:{port}/{place}?token={token}"
-                say(url)
-                tell("CLIP is loaded and the first picture drawn when the page opens: some seconds. Ctrl-C ends it.")
-                if browser:
-                    webbrowser.open(url)
+                _announce(f"http://127.0.0.1:{port}/{place}?token={token}", browser, say, tell)
             if server.wait():
                 log.seek(0)
                 raise runs.RunFailed(f"{name} ended: {' '.join(log.read().decode(errors='replace').splitlines()[-1:])}")

@@ -351,6 +351,13 @@ def similarity_heatmap(
     return fig
 
 # %% ../nbs/21_plots.ipynb #6303e4c4
+_SCORES = {
+    "global": dict(marker="o", color=BLUE, markersize=5.5, markeredgewidth=0),
+    "aggregated": dict(marker="D", color=VERMILLION, markersize=5.5, markeredgewidth=0),
+    "average": dict(marker="|", color=BLACK, markersize=9, markeredgewidth=2),
+}
+
+# %% ../nbs/21_plots.ipynb #fce45b6c
 def scores_bar(
     scores,  # by name or attribute, (C,) each: `DampOutput`'s scores, `pseudo`, `local_threshold`
     class_names,  # C names
@@ -374,22 +381,8 @@ def scores_bar(
             bar.set(
                 facecolor={1: SKY, -1: "white", 0: "#e8e8e8"}[int(pseudo[c])], hatch="////" if pseudo[c] < 0 else None
             )
-        for values, marker, colour, name in (
-            (glob, "o", BLUE, "global"),
-            (agg, "D", VERMILLION, "aggregated"),
-            (avg, "|", BLACK, "average"),
-        ):
-            ax.plot(
-                values[order],
-                rows,
-                marker,
-                color=colour,
-                markersize=9 if marker == "|" else 5.5,
-                markeredgewidth=2 if marker == "|" else 0,
-                label=name,
-                clip_on=False,
-                zorder=3,
-            )
+        for values, (name, marker) in zip((glob, agg, avg), _SCORES.items()):
+            ax.plot(values[order], rows, label=name, linestyle="none", clip_on=False, zorder=3, **marker)
         local = float(np.asarray(pick("local_threshold")).reshape(-1)[0])
         ax.axvline(global_threshold, color=GREEN, linewidth=1.8, label="global threshold (final)")
         ax.axvline(local, color=PURPLE, linewidth=1.8, linestyle="--", label="local threshold (patches)")
@@ -411,6 +404,9 @@ def front(
     return ~(better & strictly).any(0)
 
 # %% ../nbs/21_plots.ipynb #723a7bdf
+_INTERVAL = dict(capsize=3, elinewidth=1.2, linestyle="none")
+
+# %% ../nbs/21_plots.ipynb #0e8ba5a6
 def _cost_panel(ax, table, cost, title):
     for i, (kind, part) in enumerate(table.groupby("kind", sort=False)):
         ax.errorbar(
@@ -419,10 +415,8 @@ def _cost_panel(ax, table, cost, title):
             yerr=part["half"],
             fmt=MARKERS[i % 7],
             color=CYCLE[i % 7],
-            capsize=3,
-            elinewidth=1.2,
-            linestyle="none",
             label=kind,
+            **_INTERVAL,
         )
     best = table[front(table[cost], table["map"])].sort_values(cost)
     ax.step(

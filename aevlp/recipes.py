@@ -104,8 +104,8 @@ class _Methods(_Loss):
 
 # %% ../nbs/09_recipes.ipynb #2c9326d4
 @dataclass(frozen=True, kw_only=True)
-class Recipe(_Methods):
-    "Everything that decides a run but its data, its method's name and its seed."
+class _Clip(_Methods):
+    "What CLIP is asked, and how DAMP reads its answers."
 
     clip: str  # open_clip model name
     clip_weights: str  # open_clip's pretrained tag or a local file; '' = what ships
@@ -130,6 +130,12 @@ class Recipe(_Methods):
     strict_local: bool  # omega > zeta_local instead of >=
     view_epochs: int  # epochs whose views are used in turn; 0 = new views in every epoch
     view_seed: int  # of patches and augmentation; one for all runs, so that they share a bank (glyphs: the run's seed)
+
+# %% ../nbs/09_recipes.ipynb #50cee1a0
+@dataclass(frozen=True, kw_only=True)
+class Recipe(_Clip):
+    "Everything that decides a run but its data, its method's name and its seed."
+
     vlpl_clip: str  # VLPL's own model
     vlpl_clip_weights: str
     vlpl_temperature: float
@@ -214,6 +220,10 @@ TRAINING = (
     _s("weight_decay", "paper 6.1: none", 0.0),
     _s("shift", "paper 6.1: flips only", 0.0),
     _s("shift", _STEADY, 1 / 16, methods=("aevlp-augmented",)),
+)
+
+# %% ../nbs/09_recipes.ipynb #3d194b29
+TRAINING += (
     _s("linear_init", "GR code and Cole et al. 2021 code: none unless asked", 0),
     _s("drop_last", _OURS + ": every picture counts; Cole et al. 2021 and MIME code leave it out", False),
     _s("ema", "paper 6.1: none", 0.0),
@@ -396,6 +406,10 @@ SWITCHES = (
     _w(9, "no LeakyReLU after the last layer of G", "noise_last_activation", False),
     _w(10, "the label graph keeps the nearest classes only", "neighbours", 20, 62, 50, 312, 8),
     _w(11, "the local threshold is strict", "strict_local", True),
+)
+
+# %% ../nbs/09_recipes.ipynb #551b6e37
+SWITCHES += (
     _w(
         12,
         "no local threshold on VOC",

@@ -61,6 +61,10 @@ _TABLE1 = (  # name, title, labeler, source, paper, independent runs
         (89.19, 70.87, 47.59, 21.84),
         (88.86, 70.76, 47.78, 21.20),
     ),
+)
+
+# %% ../nbs/08_registry.ipynb #00291dfb
+_TABLE1 += (
     (
         "boostlu-ll-r",
         "BoostLU + LL-R",

@@ -115,8 +115,6 @@ SETTLED = (
     "backbone",
     "clip",
 )  # and must be as they were
-
-
 PUBLISHED = (
     "label",
     *ASKED,
@@ -145,7 +143,7 @@ def _changes(overrides, dataset, method, fidelity) -> str:
     asked = recipes.parse_overrides(overrides.split())
     return " ".join(f"{k}={v}" for k, v in sorted(asked.items()) if getattr(usual, k) != v)
 
-
+# %% ../nbs/32_results.ipynb #0b310c7d
 def _asked(row, dataset) -> tuple:  # of text
     said = {k: "" if pd.isna(row.get(k)) else str(row[k]) for k in (*ASKED, *SETTLED)}
     said["overrides"] = _changes(said["overrides"], dataset, said["method"], said["fidelity"])

@@ -231,37 +231,39 @@ class ReviewPage(widgets.VBox):
         self.order.observe(lambda change: self._try(self.reorder, change["new"]), "value")
         self.take(state.split)
 
-    def _layout(self):
-        self.buttons = {}
-        for action, (text, icon, tip) in _ACTIONS.items():
-            self.buttons[action] = button(text, tip, icon)
-            self.buttons[action].on_click(lambda _, action=action: self.act(action))
-        keys = widgets.HTML(
-            '<span class="soft">keys: <kbd>1</kbd> to <kbd>9</kbd> switch a class, <kbd>Enter</kbd> accept, '
-            "<kbd>s</kbd> skip, <kbd>u</kbd> undo, "
-            "<kbd>←</kbd> <kbd>→</kbd> picture, <kbd>v</kbd> patches, <kbd>z</kbd> zoom</span>"
-        )
-        keys.add_class("keys")
+# %% ../nbs/43_review.ipynb #bd361725
+@patch
+def _layout(self: ReviewPage):
+    self.buttons = {}
+    for action, (text, icon, tip) in _ACTIONS.items():
+        self.buttons[action] = button(text, tip, icon)
+        self.buttons[action].on_click(lambda _, action=action: self.act(action))
+    keys = widgets.HTML(
+        '<span class="soft">keys: <kbd>1</kbd> to <kbd>9</kbd> switch a class, <kbd>Enter</kbd> accept, '
+        "<kbd>s</kbd> skip, <kbd>u</kbd> undo, "
+        "<kbd>←</kbd> <kbd>→</kbd> picture, <kbd>v</kbd> patches, <kbd>z</kbd> zoom</span>"
+    )
+    keys.add_class("keys")
 
-        def box(kind, name, *kids):
-            return kind(kids).add_class(name)
+    def box(kind, name, *kids):
+        return kind(kids).add_class(name)
 
-        left = box(widgets.VBox, "review-left", self.title, self.stage)
-        right = box(
-            widgets.VBox,
-            "review-right",
-            self.switches,
-            self.add,
-            box(widgets.HBox, "review-actions", *self.buttons.values()),
-            self.status,
-            keys,
-        )
-        return [
-            widgets.HTML(CSS + _REVIEW_CSS),
-            box(widgets.HBox, "review-top", self.split, self.order, self.bar, self.glass),
-            self.summary,
-            box(widgets.Box, "review-grid", left, right),
-        ]
+    left = box(widgets.VBox, "review-left", self.title, self.stage)
+    right = box(
+        widgets.VBox,
+        "review-right",
+        self.switches,
+        self.add,
+        box(widgets.HBox, "review-actions", *self.buttons.values()),
+        self.status,
+        keys,
+    )
+    return [
+        widgets.HTML(CSS + _REVIEW_CSS),
+        box(widgets.HBox, "review-top", self.split, self.order, self.bar, self.glass),
+        self.summary,
+        box(widgets.Box, "review-grid", left, right),
+    ]
 
 # %% ../nbs/43_review.ipynb #bae7cd8a
 @patch

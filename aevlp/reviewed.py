@@ -138,17 +138,19 @@ class Review:
         self._save(self.rows | {name: np.array(labels, dtype=np.int8)})
         self._before.append((name, before))
 
-    def undo(self) -> str:  # the picture concerned, or None where there is nothing to undo
-        "Take the last decision of this session back, and save."
-        if not self._before:
-            return None
-        name, before = self._before[-1]
-        self._save({k: v for k, v in self.rows.items() if k != name} | ({} if before is None else {name: before}))
-        self._before.pop()
-        return name
-
     def _digest(self):
         return sha256(self.path.read_bytes()).digest() if self.path.exists() else None
+
+# %% ../nbs/34_reviewed.ipynb #5e782052
+@patch
+def undo(self: Review) -> str:  # the picture concerned, or None where there is nothing to undo
+    "Take the last decision of this session back, and save."
+    if not self._before:
+        return None
+    name, before = self._before[-1]
+    self._save({k: v for k, v in self.rows.items() if k != name} | ({} if before is None else {name: before}))
+    self._before.pop()
+    return name
 
 # %% ../nbs/34_reviewed.ipynb #bf34a44f
 def _read_plans(path) -> dict:

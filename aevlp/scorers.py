@@ -10,6 +10,7 @@ __all__ = ['SCORERS', 'FUSION_WEIGHTS', 'Scorer', 'WholeScorer', 'ViewsScorer', 
 # %% ../nbs/11_scorers.ipynb #b29eb04f
 import numpy as np
 import torch
+from fastcore.basics import patch
 from torch import nn
 
 from .damp import aggregate, local_threshold
@@ -42,11 +43,8 @@ class Scorer(nn.Module):
     @property
     def input_shape(self):  # (V, 3, S, S) of a picture
         settings = self.eyes.settings
-        return (
-            settings.views if settings and not self.tokens else 1,
-            3,
-            *(settings.size if settings else self.clip.image_size,) * 2,
-        )
+        views, size = (settings.views, settings.size) if settings else (1, self.clip.image_size)
+        return 1 if self.tokens else views, 3, size, size
 
     @property
     def mean(self):
@@ -56,43 +54,51 @@ class Scorer(nn.Module):
     def std(self):
         return self.eyes.settings.std if self.eyes.settings else self.clip.std
 
-    def weights(self):
-        return {k: getattr(self, k).detach().cpu().contiguous() for k in self.kept}
-
-    def load(self, weights):
-        for k in self.kept:
-            setattr(self, k, torch.as_tensor(weights[k]).to(self.clip.device))
-        return self
-
     def fit(self, data, bank_root=None):
         return self  # what is learned from the pictures of the training split, without labels
 
     def read(self, embeddings):
         raise NotImplementedError  # (b, V, K) unit norm -> (b, C) in [0, 1]
 
-    def embed(self, pixels):  # (b, V, 3, S, S) normalised -> (b, V, K), or (b, 1 + T, K) of tokens
-        if not self.tokens:
-            return nn.functional.normalize(self.tower(pixels.flatten(0, 1)), dim=-1).unflatten(
-                0, (-1, self.input_shape[0])
-            )
-        found = (
-            nn.functional.normalize(e, dim=-1) for e in dense_tokens(self.tower, pixels[:, 0], self.recipe.token_rule)
-        )
-        return torch.cat(token_views(*found, self.recipe.token_grid), 1)
+# %% ../nbs/11_scorers.ipynb #c56172dd
+@patch
+def forward(self: Scorer, pictures):
+    return self.read(self.embed(pictures))  # (b, V, 3, S, S) normalised -> (b, C) in [0, 1]
 
-    def forward(self, pictures):
-        return self.read(self.embed(pictures))  # (b, V, 3, S, S) normalised -> (b, C) in [0, 1]
+# %% ../nbs/11_scorers.ipynb #99ef9787
+@patch
+def embed(self: Scorer, pixels):  # (b, V, 3, S, S) normalised -> (b, V, K), or (b, 1 + T, K) of tokens
+    if not self.tokens:
+        return nn.functional.normalize(self.tower(pixels.flatten(0, 1)), dim=-1).unflatten(0, (-1, self.input_shape[0]))
+    found = (nn.functional.normalize(e, dim=-1) for e in dense_tokens(self.tower, pixels[:, 0], self.recipe.token_rule))
+    return torch.cat(token_views(*found, self.recipe.token_grid), 1)
 
-    @torch.no_grad()
-    def scores(self, images):  # b uint8 tensors (3, H, W) -> (b, C) float32 in [0, 1]
-        return self.read(self.eyes.encode(images, np.arange(len(images)), 0).float())
 
-    @torch.no_grad()
-    def over(self, data, split, bank_root=None):  # -> (n, C) float32
-        "Scores of a split, in the order of its ids, through the bank."
-        empty = torch.empty(0, len(self.class_names))
-        found = self.eyes.split(data, split, bank_root)
-        return torch.cat([empty, *(self.read(e.to(self.clip.device).float()).cpu() for e in found)]).numpy()
+@patch
+@torch.no_grad()
+def scores(self: Scorer, images):  # b uint8 tensors (3, H, W) -> (b, C) float32 in [0, 1]
+    return self.read(self.eyes.encode(images, np.arange(len(images)), 0).float())
+
+
+@patch
+@torch.no_grad()
+def over(self: Scorer, data, split, bank_root=None):  # -> (n, C) float32
+    "Scores of a split, in the order of its ids, through the bank."
+    empty = torch.empty(0, len(self.class_names))
+    found = self.eyes.split(data, split, bank_root)
+    return torch.cat([empty, *(self.read(e.to(self.clip.device).float()).cpu() for e in found)]).numpy()
+
+# %% ../nbs/11_scorers.ipynb #41a1f9e0
+@patch
+def weights(self: Scorer):
+    return {k: getattr(self, k).detach().cpu().contiguous() for k in self.kept}
+
+
+@patch
+def load(self: Scorer, weights):
+    for k in self.kept:
+        setattr(self, k, torch.as_tensor(weights[k]).to(self.clip.device))
+    return self
 
 # %% ../nbs/11_scorers.ipynb #189aee65
 class WholeScorer(Scorer):

@@ -71,10 +71,6 @@ class Table:
     def has_truth(self):
         return bool((self.truth >= 0).any())
 
-    @cached_property
-    def _lower(self):
-        return np.array([n.lower() for n in self.names], dtype=object)
-
 # %% ../nbs/37_table.ipynb #3c71b7ad
 @patch
 def says(
@@ -196,7 +192,7 @@ def _column(self: Table, name, judge, c):
     if name == "position":
         return np.arange(len(self))
     if name == "name":
-        return self._lower
+        return np.char.lower(self.names)
     if name == "given":
         return (self.given[:, c] == 1).sum(1)
     if name == "true":
@@ -316,7 +312,7 @@ def find(
         cells = self.where(query.verdict, query.judge)
         hit &= cells.any(1) if query.class_name is None else cells[:, self.index(query.class_name)]
     if query.text:
-        hit &= np.array([query.text.lower() in n for n in self._lower])
+        hit &= np.array([query.text.lower() in n for n in np.char.lower(self.names)])
     if query.pair:
         hit &= self.pair(*query.pair, judge=query.judge)
     if query.chosen is not None:
@@ -325,8 +321,8 @@ def find(
     if query.sort == "position":
         return rows[::-1] if query.falling else rows
     values = self.column(query.sort, query.judge, query.class_name)[rows]
-    if values.dtype == object:
-        order = np.argsort(values.astype(str), kind="stable")
+    if values.dtype.kind == "U":  # names
+        order = np.argsort(values, kind="stable")
         return rows[order[::-1] if query.falling else order]
     values = values.astype(float)
     return rows[np.lexsort((rows, -values if query.falling else values, np.isnan(values)))]
@@ -541,21 +537,11 @@ def build(
     tell(len(ids), len(ids), "the map of embeddings")
     positive, epochs = _history(data, split, run and Path(run))
     truth = np.full(given.shape, -1, np.int8) if data.truth is None else data.truth[ids]
-    return Table(
-        split,
-        ids,
-        file_names(data, ids),
-        data.class_names,
-        given,
-        truth,
-        scores,
-        labels,
-        cuts,
-        on_map(whole),
-        positive,
-        epochs,
+    about, key = (
+        (split, ids, file_names(data, ids), data.class_names, given, truth),
         table_key(data, split, recipe, run, seed),
     )
+    return Table(*about, scores, labels, cuts, on_map(whole), positive, epochs, key)
 
 # %% ../nbs/37_table.ipynb #10ce3f49
 def _looking(eyes, data, ids, tell):

@@ -76,23 +76,31 @@ class Clip:
             self._hash = digest.hexdigest()[:16]
         return self._hash
 
-    def _cast(self):
-        return torch.autocast(self.device.type, torch.bfloat16) if self.precision == "bf16" else nullcontext()
+# %% ../nbs/06_vlm.ipynb #3bbf7f84
+@patch
+@torch.inference_mode()
+def encode_images(self: Clip, pixels: Tensor) -> Tensor:  # (M, 3, S, S) normalised -> (M, K) float32, unit norm
+    with self._cast():
+        out = torch.cat([self.model.encode_image(p) for p in self._parts(pixels)])
+    return nn.functional.normalize(out.float(), dim=-1)
 
-    @torch.inference_mode()
-    def encode_images(self, pixels: Tensor) -> Tensor:  # (M, 3, S, S) normalised -> (M, K) float32, unit norm
-        with self._cast():
-            out = torch.cat([self.model.encode_image(p) for p in self._parts(pixels)])
-        return nn.functional.normalize(out.float(), dim=-1)
 
-    def _parts(self, pixels):
-        chunks = math.ceil(len(pixels) * pixels.shape[-1] ** 2 / _CHUNK) if self.device.type == "cpu" else 1
-        return (p.to(self.device) for p in pixels.chunk(chunks))
+@patch
+@torch.inference_mode()
+def encode_text(self: Clip, texts: list) -> Tensor:  # C prompts -> (C, K) float32, not normalised
+    with self._cast():
+        return self.model.encode_text(self.tokenizer(texts).to(self.device)).float()
 
-    @torch.inference_mode()
-    def encode_text(self, texts: list) -> Tensor:  # C prompts -> (C, K) float32, not normalised
-        with self._cast():
-            return self.model.encode_text(self.tokenizer(texts).to(self.device)).float()
+
+@patch
+def _cast(self: Clip):
+    return torch.autocast(self.device.type, torch.bfloat16) if self.precision == "bf16" else nullcontext()
+
+
+@patch
+def _parts(self: Clip, pixels):
+    chunks = math.ceil(len(pixels) * pixels.shape[-1] ** 2 / _CHUNK) if self.device.type == "cpu" else 1
+    return (p.to(self.device) for p in pixels.chunk(chunks))
 
 # %% ../nbs/06_vlm.ipynb #3b166afc
 def weights_of(

@@ -53,7 +53,7 @@ def documented(cell_source, module):
             continue
         owner = (
             node.args.args[0].annotation.id
-            if any(getattr(d, "id", "") == "patch" for d in node.decorator_list)
+            if any(getattr(getattr(d, "func", d), "id", "") == "patch" for d in node.decorator_list)
             else None
         )
         if owner and not ast.get_docstring(node):
