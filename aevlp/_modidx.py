@@ -3,6 +3,7 @@
 d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_url': '', 'lib_path': 'aevlp'},
   'syms': { 'aevlp.bank': { 'aevlp.bank.Bank': ('bank.html#bank', 'aevlp/bank.py'),
                             'aevlp.bank.Bank.__init__': ('bank.html#bank.__init__', 'aevlp/bank.py'),
+                            'aevlp.bank.Bank._begin': ('bank.html#bank._begin', 'aevlp/bank.py'),
                             'aevlp.bank.Bank._check': ('bank.html#bank._check', 'aevlp/bank.py'),
                             'aevlp.bank.Bank._file': ('bank.html#bank._file', 'aevlp/bank.py'),
                             'aevlp.bank.Bank._make': ('bank.html#bank._make', 'aevlp/bank.py'),

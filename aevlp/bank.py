@@ -56,28 +56,15 @@ class Bank:
         width: int,  # K
     ) -> "Bank":
         "The bank of `key`, new or as it was left."
-        manifest = json.loads(
-            json.dumps(dict(key=key, images=len(ids), views=views, width=width), sort_keys=True, default=str)
-        )
+        told = dict(key=key, images=len(ids), views=views, width=width)
+        manifest = json.loads(json.dumps(told, sort_keys=True, default=str))
         name = hashlib.sha256(json.dumps(manifest).encode()).hexdigest()[:12]
         folder = (Path(root) if root else banks_root()) / name
         bank, path = cls(folder, ids, views, width), folder / "manifest.json"
         if path.exists():
             _read_json(path)
         else:
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-            except OSError as e:
-                raise AevlpError(
-                    f"The bank folder {folder} cannot be made ({e.strerror}); set AEVLP_HOME to a folder that can be "
-                    "written."
-                ) from e
-            write_json(path, manifest)
-            print(
-                f"New CLIP bank {name}: {bank.bytes / 1e6:,.1f} MB an epoch ({views} x {width} numbers, "
-                f"{2 * views * width / 1e3:,.1f} kB a picture) in {folder.parent}",
-                file=sys.stderr,
-            )
+            bank._begin(manifest)
         for epoch in [
             int(done.stem[6:]) for done in folder.glob("epoch_*.done") if not done.with_suffix(".json").exists()
         ]:
@@ -91,6 +78,25 @@ class Bank:
 
     def _file(self, epoch, suffix):
         return self.folder / f"epoch_{epoch:03d}.{suffix}"
+
+# %% ../nbs/07_bank.ipynb #b36147e1
+@patch
+def _begin(self: Bank, manifest):
+    "Make the folder, and say what an epoch will cost."
+    _, views, width = self.shape
+    try:
+        self.folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise AevlpError(
+            f"The bank folder {self.folder} cannot be made ({e.strerror}); set AEVLP_HOME to a folder that can be "
+            "written."
+        ) from e
+    write_json(self.folder / "manifest.json", manifest)
+    print(
+        f"New CLIP bank {self.folder.name}: {self.bytes / 1e6:,.1f} MB an epoch ({views} x {width} numbers, "
+        f"{2 * views * width / 1e3:,.1f} kB a picture) in {self.folder.parent}",
+        file=sys.stderr,
+    )
 
 # %% ../nbs/07_bank.ipynb #cc79febf
 @patch
