@@ -20,25 +20,7 @@ from aevlp.data import AevlpError, LabelledImages, write_json
 from aevlp.metrics import map_interval
 from aevlp.models import FROZEN
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return tiny.shapes(tmp_path_factory.mktemp("pictures"))
-
-
-@pytest.fixture(scope="module")
-def run(data, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs") / "run"
-    tiny.train(folder, "gpr+random", data)
-    return folder
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_pseudo_label_numbers_from_the_saved_labels(data, run):

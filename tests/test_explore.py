@@ -8,13 +8,14 @@ from io import BytesIO
 
 import numpy as np
 import pytest
+import tiny
 import torch
 import yaml
 from PIL import Image
 
 from aevlp import glyphs, runs, train
 from aevlp.controls import KEYS, OTHERS, TABS
-from aevlp.data import AevlpError, LabelledImages, decode
+from aevlp.data import AevlpError, decode
 from aevlp.draw import verdicts
 from aevlp.explore import Explore, explore
 from aevlp.labelers import Batch, build_labeler
@@ -29,17 +30,7 @@ SMALL |= {"epochs": 1, "batch_size": 8, "workers": 0, "local_threshold": 0.2, "n
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    root = tmp_path_factory.mktemp("scenes")
-    scenes = [glyphs.draw_scene(5, i) for i in range(16)]
-    truth = np.zeros((16, len(glyphs.CLASS_NAMES)), np.int8)
-    for i, scene in enumerate(scenes):
-        scene.image.save(root / f"{i:02d}.png")
-        truth[i, [t.label for t in scene.things]] = 1
-    observed = np.zeros_like(truth)
-    observed[np.arange(16), truth.argmax(1)] = 1
-    splits = {"train": np.arange(10), "val": np.arange(10, 12), "test": np.arange(12, 16)}
-    paths = [str(root / f"{i:02d}.png") for i in range(16)]
-    return LabelledImages("glyphs", paths, glyphs.CLASS_NAMES, observed, truth, splits)
+    return tiny.scenes(tmp_path_factory.mktemp("scenes"))
 
 
 @pytest.fixture(scope="module")

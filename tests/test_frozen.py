@@ -217,6 +217,22 @@ def test_features_from_elsewhere(place, tmp_path):
         fit(place, "views", "full", overrides={"features": views[0]})
 
 
+def test_features_that_cannot_be_taken_are_named(place, tmp_path):
+    folder, data = place
+    features, bank = np.ones((len(data), 4), np.float32), folder / "banks"
+    np.save(tmp_path / "features.npy", features)
+    np.save(tmp_path / "large.npy", features * 1e6)
+    wrong = [str(i) for i in range(1000, 1000 + len(data))]
+    with pytest.raises(AevlpError, match=f"no features for {len(data)} of {len(data)} pictures, as 000.png"):
+        frozen.import_features(tmp_path / "features.npy", data, wrong, root=bank)
+    with pytest.raises(AevlpError, match=f"no features for {len(data) - 1}"):
+        frozen.import_features(tmp_path / "features.npy", data, [0] * len(data), root=bank)
+    with pytest.raises(AevlpError, match="above 65,504"):
+        frozen.import_features(tmp_path / "large.npy", data, root=bank)
+    with pytest.raises(AevlpError, match="No CLIP bank"):
+        frozen.imported("nothing", data, bank)
+
+
 def test_a_sweep_makes_short_runs_in_one_kernel(tmp_path, monkeypatch):
     overrides = {"backbone": "frozen", "epochs": 2, "view_epochs": 1}
     bad = {"backbone": "frozen", "clip_weights": str(tmp_path / "missing.pt"), "epochs": 1}

@@ -10,9 +10,10 @@ import sys
 
 import numpy as np
 import pytest
+import tiny
 
 from aevlp import datasets, glyphs
-from aevlp.data import AevlpError, LabelledImages
+from aevlp.data import AevlpError
 from aevlp.review import review
 from aevlp.reviewed import Review
 
@@ -21,17 +22,7 @@ SMALL = {"clip": glyphs.CLIP_NAME, "clip_weights": "", "grid": 2, "temperature":
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    root = tmp_path_factory.mktemp("scenes")
-    scenes = [glyphs.draw_scene(5, i) for i in range(16)]
-    truth = np.zeros((16, len(glyphs.CLASS_NAMES)), np.int8)
-    for i, scene in enumerate(scenes):
-        scene.image.save(root / f"{i:02d}.png")
-        truth[i, [t.label for t in scene.things]] = 1
-    observed = np.zeros_like(truth)
-    observed[np.arange(16), truth.argmax(1)] = 1
-    splits = {"train": np.arange(10), "val": np.arange(10, 12), "test": np.arange(12, 16)}
-    paths = [str(root / f"{i:02d}.png") for i in range(16)]
-    return LabelledImages("glyphs", paths, glyphs.CLASS_NAMES, observed, truth, splits)
+    return tiny.scenes(tmp_path_factory.mktemp("scenes"))
 
 
 def press(page, key):

@@ -11,7 +11,7 @@ from tiny import shapes
 
 from aevlp import cli, outcome, reviewed, runs
 from aevlp.data import AevlpError
-from aevlp.reviewed import Review, draw, names_of, sample
+from aevlp.reviewed import Review, bounds, draw, in_percent, names_of, resampled, sample
 
 RNG = np.random.default_rng(0)
 NAMES = [f"{i}.png" for i in range(90)]
@@ -42,6 +42,33 @@ def test_nothing_counts_more_than_three_times_the_average():
 def test_the_order_is_the_same_for_a_seed_and_another_for_another():
     one, again, other = (draw(NAMES, "random", seed=s)["names"] for s in (0, 0, 1))
     assert one == again != other and sorted(one) == sorted(NAMES)
+
+
+def test_bounds_by_hand():
+    """What was measured stands first, a hundred draws behind it."""
+    draws = np.array([2.0, *range(101)])
+    assert bounds(draws) == [2.0, 2.5, 97.5] and bounds(np.array([np.nan, np.nan])) == [None] * 3
+    assert bounds(draws, mend=True) == [-46.0, -93.5, 1.5]  # 2 - 48 and so on: draws lie 48 too high
+    assert in_percent(np.array([99.0, *np.full(100, 97.0)])) == [100.0] * 3  # mended, and no share is above one
+    assert resampled(np.ones(5), draws=3).sum(1).tolist() == [5.0] * 4
+
+
+def test_what_cannot_be_kept_is_said(tmp_path):
+    path = tmp_path / "reviewed.csv"
+    two = dict(names=["a.png", "b.png"], class_names=["cat", "dog, wet"], splits={"train": [0], "test": [1]})
+    notes = Review(path, **two)
+    notes.plan("test", lambda: draw(["b.png"], "random"))
+    notes.decide("b.png", [0, 0])  # a test picture may show nothing
+    with pytest.raises(AevlpError, match="at least one"):
+        notes.decide("a.png", [0, 0])
+    path.write_text("image,cat\n")
+    with pytest.raises(AevlpError, match="changed"):
+        notes.decide("a.png", [1, 0])
+    with pytest.raises(AevlpError, match="line 1"):
+        Review(path, **two)
+    notes.plan_path.write_text('{"test": 1}')
+    with pytest.raises(AevlpError, match="drawn"):
+        Review(path, **two)
 
 
 def test_gaps_and_skips():

@@ -26,25 +26,7 @@ from aevlp.methods import METHODS
 from aevlp.models import build_model
 from aevlp.views import student_flips, student_inputs, student_shifts
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return tiny.shapes(tmp_path_factory.mktemp("pictures"))
-
-
-@pytest.fixture(scope="module")
-def run(data, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs") / "run"
-    tiny.train(folder, "gpr+random", data)
-    return folder
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def sklearn_map(probs, targets):

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
+from aevlp import glyphs
 from aevlp.data import LabelledImages, sample_single_positives
 from aevlp.recipes import recipe
 from aevlp.train import fit
@@ -55,6 +56,20 @@ def shapes(folder, n=120, seed=0, truth_known=True):
     return LabelledImages(
         "shapes", paths, names, sample_single_positives(truth), truth if truth_known else None, splits
     )
+
+
+def scenes(folder):
+    """Sixteen scenes of the embedded benchmark with one given label each, ten of them for training."""
+    drawn = [glyphs.draw_scene(5, i) for i in range(16)]
+    truth = np.zeros((16, len(glyphs.CLASS_NAMES)), np.int8)
+    paths = [str(Path(folder) / f"{i:02d}.png") for i in range(16)]
+    for scene, row, path in zip(drawn, truth, paths):
+        scene.image.save(path)
+        row[[t.label for t in scene.things]] = 1
+    observed = np.zeros_like(truth)
+    observed[np.arange(16), truth.argmax(1)] = 1
+    splits = {"train": np.arange(10), "val": np.arange(10, 12), "test": np.arange(12, 16)}
+    return LabelledImages("glyphs", paths, glyphs.CLASS_NAMES, observed, truth, splits)
 
 
 def small(method, **overrides):
