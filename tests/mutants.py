@@ -123,18 +123,22 @@ def mutants(source):
 class Ordered:
     """Runs the quickest tests first, before them those that noticed the latest mutants; keeps how long each took."""
 
-    def __init__(self, took):
-        self.took, self.now, self.noticed = took, {}, None
+    def __init__(self, took, latest):
+        self.took, self.latest, self.now, self.noticed = took, latest, {}, None
 
     def pytest_collection_modifyitems(self, items):
-        items.sort(key=lambda item: self.took.get(item.nodeid, 0.0))
+        items.sort(key=lambda item: (-self.latest.get(item.nodeid, -1), self.took.get(item.nodeid, 0.0)))
+
+    def pytest_runtest_logstart(self, nodeid):
+        if self.took:  # a loop that never ends is noticed as well
+            signal.setitimer(signal.ITIMER_REAL, 60 + 4 * self.took.get(nodeid, 0.0))
 
     def pytest_runtest_logreport(self, report):
         self.now[report.nodeid] = self.now.get(report.nodeid, 0.0) + report.duration
         self.noticed = report.nodeid if report.failed else self.noticed
 
 
-def tested(copy, module, took=(), limit=1800.0):
+def tested(copy, module, took=(), latest=(), limit=1800.0):
     """One run of a module's tests in a fork: (outcome, seconds, what the fork had to say)."""
     began, told = time.monotonic(), copy / "told.json"
     told.unlink(missing_ok=True)
@@ -143,7 +147,7 @@ def tested(copy, module, took=(), limit=1800.0):
         sys.dont_write_bytecode = bool(took)  # compiled once, but for the module that changes
         out = os.open(copy / "out.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(out, 1), os.dup2(out, 2)
-        order = Ordered(dict(took))
+        order = Ordered(dict(took), dict(latest))
         options = ["-x", "-q", "-m", "not slow", "-p", "no:cacheprovider"]
         options += ["--hypothesis-seed=0", "--hypothesis-profile=mutants"]
         files = [str(copy / f"tests/test_{name}.py") for name in TESTS.get(module, (module,))]
@@ -163,7 +167,8 @@ def tested(copy, module, took=(), limit=1800.0):
         ended = os.waitpid(process, 0)
     seconds = time.monotonic() - began
     said = json.loads(told.read_text()) if told.exists() else {}
-    return ("survived" if ended[1] == 0 else "late" if seconds >= limit else "killed"), seconds, said
+    late = seconds >= limit or ended[1] == signal.SIGALRM
+    return ("survived" if ended[1] == 0 else "late" if late else "killed"), seconds, said
 
 
 def run(module, args, copy):
@@ -187,12 +192,12 @@ def run(module, args, copy):
     for name in said["modules"]:
         with contextlib.suppress(Exception):  # a saving alone: the tests import what they need
             importlib.import_module(name)
-    found = {"killed": [], "late": [], "survived": [], "equivalent": list(known)}
+    found, latest = {"killed": [], "late": [], "survived": [], "equivalent": list(known)}, {}
     for i, name in enumerate(names):
         path.write_text(every[name])
-        outcome, _, told = tested(copy, module, said["took"], 20 + 4 * seconds)
+        outcome, _, told = tested(copy, module, said["took"], latest, 60 + 4 * seconds)
         if told.get("noticed"):
-            said["took"][told["noticed"]] = -i
+            latest[told["noticed"]] = i
         found[outcome].append(name)
         if outcome != "killed":
             print(f"{outcome}: [{module}] {name}", flush=True)
