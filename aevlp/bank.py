@@ -155,7 +155,7 @@ def rows(self: Bank, ids):  # -> (B,) positions in the split
     rows = np.searchsorted(self.ids, np.asarray(ids)).clip(max=len(self.ids) - 1)
     if not np.array_equal(self.ids[rows], ids):
         raise AevlpError(
-            f"The bank {self.folder.name} is of other images: not all of {list(map(int, ids))[:8]} are its own."
+            f"The bank {self.folder.name} is of other pictures: not all of {list(map(int, ids))[:8]} are its own."
         )
     return rows
 

@@ -19,7 +19,7 @@ TEMPERATURES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.2, 0.5
 _SLIDERS = {  # field of the recipe: (text, tooltip)
     "grid": (
         "grid g",
-        "g: the image is cut into g x g patches (section 5.2, Augmentor; Table 5). CLIP runs again.",
+        "g: the picture is cut into g x g patches (section 5.2, Augmentor; Table 5). CLIP runs again.",
     ),
     "overlap": (
         "overlap r",
@@ -113,7 +113,7 @@ OTHERS = {  # what the labels can be compared with: tooltip
     "nothing": "",
     "pinned settings": "the sliders as they were when you pressed Pin",
     "fixed-damp": "DAMP on one fixed draw: the same labels every epoch",
-    "vlpl": "VLPL: the whole image only, one threshold",
+    "vlpl": "VLPL: the whole picture only, one threshold",
     "random": "unknown classes drawn at random",
 }
 KEYS = {
@@ -209,17 +209,17 @@ def _make_list(self: Controls):
     tip = "a finished run of this data set: its model, its pseudo-labels of every epoch, its settings"
     self.run = menu(listed, "run", tip, "270px", index=found.index(s.run))
     filled = [k for k, v in s.data.splits.items() if len(v)]
-    self.split = menu(filled, "split", "training, validation or test images", "125px", value=s.split)
+    self.split = menu(filled, "split", "training, validation or test pictures", "125px", value=s.split)
     tip = "whose labels and scores filters and columns speak of"
     self.judge = menu([("DAMP", "damp")], "judge", tip, "190px")
-    tip = "which images; what needs an unknown truth or a run that is not there is left out"
+    tip = "which pictures; what needs an unknown truth or a run that is not there is left out"
     self.filter = menu(["all"], "show", tip, "225px")
     self.only = widgets.Combobox(
         options=["", *s.data.class_names],  # the empty one: to the browser, what is no option is no value
         placeholder="any class",
         description="of",
         ensure_option=True,
-        tooltip="type to search a class: only images where it is concerned, columns of it alone",
+        tooltip="type to search a class: only pictures where it is concerned, columns of it alone",
         style={"description_width": "initial"},
         layout={"width": "190px"},
         continuous_update=False,
@@ -231,25 +231,25 @@ def _make_list(self: Controls):
     self.search = widgets.Text(
         placeholder="file name", tooltip="part of the file name", layout={"width": "120px"}, continuous_update=False
     )
-    self.clear = button("Clear", "every image of the split again, in order", "times")
+    self.clear = button("Clear", "every picture of the split again, in order", "times")
 
 # %% ../nbs/42_controls.ipynb #ecae8f92
 @patch
 def _make_actions(self: Controls):
     "Buttons above and below the picture, and the bar of what takes a while."
-    self.previous = button("", "previous image (key p or left arrow)", "arrow-left", "36px")
-    self.next = button("", "next image (key n or right arrow)", "arrow-right", "36px")
-    tip = "number of the image among those shown"
+    self.previous = button("", "previous picture (key p or left arrow)", "arrow-left", "36px")
+    self.next = button("", "next picture (key n or right arrow)", "arrow-right", "36px")
+    tip = "number of the picture among those shown"
     self.jump = widgets.BoundedIntText(1, min=1, tooltip=tip, layout={"width": "70px"})
-    tip = "the next draw: new patches and augmentations of this image (key d; section 5.2, dynamic labels)"
+    tip = "the next draw: new patches and augmentations of this picture (key d; section 5.2, dynamic labels)"
     self.draw = button("Draw again", tip, "refresh")
     self.reset = button("Reset", "back to the recipe's values", "undo")
     self.pin = button("Pin", "keep these settings to compare with", "thumb-tack")
     tip = "compute what filters, columns and tabs say anew, with these sliders; Reset goes back"
-    self.apply = button("Judge all images so", tip, "check")
+    self.apply = button("Judge all pictures so", tip, "check")
     self.bar = widgets.IntProgress(layout={"width": "220px"}, style={"bar_color": plots.BLUE})
     self.cancel = button("Cancel", "stop; what CLIP has seen so far is kept", "stop")
-    self.compute = button("Compute", "look at every image of the split once", "play")
+    self.compute = button("Compute", "look at every picture of the split once", "play")
     self.waiting = widgets.HBox([self.bar, self.cancel, self.compute], layout={"display": "none"})
 
 # %% ../nbs/42_controls.ipynb #1d168943
@@ -272,7 +272,7 @@ def _make_tabs(self: Controls):
     self.matrix = menu(list(MATRICES), "matrix", "; ".join(f"{k}: {v}" for k, v in MATRICES.items()), "220px")
     tip = "verdict of the judge, or label of the class chosen above (the given class where none is)"
     self.colour = menu(["verdict", "class"], "colour", tip, "160px")
-    self.hand = button("Review these", "open the review with these images first, in this order", "check-square")
+    self.hand = button("Review these", "open the review with these pictures first, in this order", "check-square")
     self.review_place = widgets.VBox()
     self.beside = menu([("nothing", None)], "beside", "a second run of the same data set", "290px", index=0)
 
@@ -285,7 +285,7 @@ def _make_export(self: Controls):
     )
     self.save_params = button("Save parameters", "write them as YAML for a papermill run", "save")
     self.save_picture = button("Save picture", "write patches, heat map and scores as PNG", "image")
-    self.save_list = button("Save list", "write the images shown, with all columns, as CSV", "list")
+    self.save_list = button("Save list", "write the pictures shown, with all columns, as CSV", "list")
 
 # %% ../nbs/42_controls.ipynb #f7779bb6
 def row(*kids: widgets.Widget) -> widgets.HBox:
@@ -314,7 +314,7 @@ def _picture_tab(self: Controls):
 @patch
 def _layout(self: Controls):
     keys = widgets.HTML(
-        '<span class="soft keys"><kbd>←</kbd> <kbd>→</kbd> image, <kbd>d</kbd> draw, <kbd>↑</kbd> <kbd>↓</kbd> '
+        '<span class="soft keys"><kbd>←</kbd> <kbd>→</kbd> picture, <kbd>d</kbd> draw, <kbd>↑</kbd> <kbd>↓</kbd> '
         "patch</span>"
     )
     tabs = [

@@ -260,13 +260,13 @@ def _check_file(path):
     try:
         found = os.stat(path)
     except FileNotFoundError:
-        raise AevlpError(f"{path}: the image does not exist; put it there or leave it out") from None
+        raise AevlpError(f"{path}: the picture does not exist; put it there or leave it out") from None
     except (OSError, ValueError) as e:  # ValueError: a null byte in the name
-        raise AevlpError(f"{path}: the image cannot be read ({getattr(e, 'strerror', None) or e})") from None
+        raise AevlpError(f"{path}: the picture cannot be read ({getattr(e, 'strerror', None) or e})") from None
     if not stat.S_ISREG(found.st_mode):
-        raise AevlpError(f"{path}: is a folder or a device, where an image file was expected")
+        raise AevlpError(f"{path}: is a folder or a device, where a picture file was expected")
     if found.st_size == 0:
-        raise AevlpError(f"{path}: the image file is empty; download or copy it again")
+        raise AevlpError(f"{path}: the picture file is empty; download or copy it again")
 
 # %% ../nbs/03_data.ipynb #c350f0ce
 @contextmanager
@@ -359,13 +359,13 @@ def _opened(path, side):
     except AevlpError:
         raise
     except Image.UnidentifiedImageError:
-        raise AevlpError(f"{path}: not an image in a known format ({', '.join(FORMATS)})") from None
+        raise AevlpError(f"{path}: not a picture in a known format ({', '.join(FORMATS)})") from None
     except Image.DecompressionBombError:
         raise AevlpError(
             f"{path}: far too many pixels (a decompression bomb?); scale it down or leave it out"
         ) from None
     except Exception as e:  # Pillow's decoders raise a dozen types on broken files
-        raise AevlpError(f"{path}: the image cannot be decoded ({type(e).__name__}: {e}); replace it") from e
+        raise AevlpError(f"{path}: the picture cannot be decoded ({type(e).__name__}: {e}); replace it") from e
 
 
 def _decode(path, side=None) -> np.ndarray:  # (H, W, 3) uint8
@@ -430,7 +430,7 @@ def _check_splits(name, splits, n):
             raise AevlpError(f"{name}: split {split} must be sorted positions below {n}, none twice")
     every = np.concatenate([*splits.values(), np.array([], np.int64)])
     if len(np.unique(every)) != len(every):
-        raise AevlpError(f"{name}: an image is in two splits")
+        raise AevlpError(f"{name}: a picture is in two splits")
 
 
 def _fingerprint(data) -> str:

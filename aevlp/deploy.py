@@ -626,7 +626,7 @@ def _card_facts(run, params, metrics) -> dict:
             scores=_scores(metrics),
             summary=_table(pd.DataFrame(said["summary"]).set_index("split")) if said["summary"] else "Not kept.",
             observation=params["observation"]
-            or ("as the CSV gives them" if params["csv"] else "one positive per image, drawn at random"),
+            or ("as the CSV gives them" if params["csv"] else "one positive per picture, drawn at random"),
             note=f"\n\nSince then: {said['note']}." if said.get("note") else "",
             empty=said.get("without_positive", "unknown"),
             score=score.name[0].upper() + score.name[1:],

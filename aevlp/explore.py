@@ -220,7 +220,7 @@ async def _watch(self: Explore, job):
         done, total, what = job.at
         self.bar.max, self.bar.value = max(total, 1), done
         left = "" if job.left is None else f", about {board.clock(job.left)} left"
-        self.say(f"looking at every image once: {what}, {done} of {total}{left}")
+        self.say(f"looking at every picture once: {what}, {done} of {total}{left}")
         await asyncio.sleep(0.2)
     if job is self._job:
         self._ended(job)
@@ -244,7 +244,7 @@ def _ended(self: Explore, job):
         return self.say(job.error, "note")
     left = f" (about {board.clock(job.left)})" if job.left else ""
     self.say(
-        f"Filters, columns and the tabs after Find need one look at every image of the split{left}; it can be used "
+        f"Filters, columns and the tabs after Find need one look at every picture of the split{left}; it can be used "
         "meanwhile."
     )
 
@@ -286,7 +286,7 @@ def say_settings(self: Explore):
         f"{kept['global_threshold']:g}, k {kept['top_k']}, Δ {kept['negative_ratio']:.0%}"
     )
     note = (
-        f' <span class="note">the sliders moved ({", ".join(moved)}): this image follows them, the list does not</span>'
+        f' <span class="note">the sliders moved ({", ".join(moved)}): this picture follows, the list does not</span>'
         if moved
         else ""
     )
@@ -325,7 +325,7 @@ def refilter(self: Explore, pair=None, chosen=None, stay=False):
         self.rows = self.known.find(self.query)
     self._list()
     if not len(self.rows):
-        raise AevlpError(f"no image of {self.state.split} for {self.describe()}; the last one is still shown")
+        raise AevlpError(f"no picture of {self.state.split} for {self.describe()}; the last one is still shown")
     at = np.flatnonzero(self.rows == here) if stay else []
     self.go(int(at[0]) if len(at) else 0)
     self.show_tab()
@@ -335,7 +335,7 @@ def refilter(self: Explore, pair=None, chosen=None, stay=False):
 def describe(self: Explore) -> str:
     "The query in words."
     q, of = self.query, "" if self.query.class_name is None else f" of {self.query.class_name}"
-    parts = [f"{q.verdict}{of}" if q.verdict != "all" or of else "all images"] + (
+    parts = [f"{q.verdict}{of}" if q.verdict != "all" or of else "all pictures"] + (
         [f'names with "{q.text}"'] if q.text else []
     )
     if q.pair:
@@ -388,7 +388,7 @@ def _new_run(self: Explore, run):
 def go(self: Explore, index):
     "Show another image."
     if not len(self.rows):
-        raise AevlpError(f"no image of {self.state.split} for {self.describe()}")
+        raise AevlpError(f"no picture of {self.state.split} for {self.describe()}")
     self.state.index = index % len(self.rows)
     self.strip.current = self.gallery.current = self.state.index
     self.jump.value = self.state.index + 1
@@ -506,7 +506,7 @@ def show_image(self: Explore, look):
     self.stage.src = data_url(image, 800)
     drawn = "evaluation views" if look.epoch == 0 else f"draw {look.epoch}"
     self.place.value = (
-        f'<b>{html.escape(name)}</b> <span class="soft">image {self.state.index + 1} of {len(self.rows)}, '
+        f'<b>{html.escape(name)}</b> <span class="soft">picture {self.state.index + 1} of {len(self.rows)}, '
         f"{drawn}</span>"
     )
     if self.tabs.selected_index == TABS.index("Model"):

@@ -244,7 +244,7 @@ def _read(self: Review):
                 )
             if line[0] not in self.split:
                 raise AevlpError(
-                    f"{self.path.name}, line {lines.line_num}: {line[0]!r} is not an image of this data set; delete "
+                    f"{self.path.name}, line {lines.line_num}: {line[0]!r} is not a picture of this data set; delete "
                     "the line"
                 )
             self.rows[line[0]] = np.array(line[first:], dtype=np.int8)

@@ -243,7 +243,7 @@ def _picture_of(table) -> tuple:  # names of pictures, the picture of each row (
     images, at = {}, []
     for line, cells in table.rows:
         name = cells[table.image].strip()
-        normal, wrong = table.finder.seek(name) if name else (None, "no image is named")
+        normal, wrong = table.finder.seek(name) if name else (None, "no picture is named")
         if wrong:
             table.problems.append((line, wrong))
         at.append(-1 if wrong else images.setdefault(normal, len(images)))
@@ -377,7 +377,7 @@ def _csv_splits(table, at, n) -> dict:
     if table.split is None:
         if n < 5:
             table.problems.append(
-                (table.rows[-1][0] if table.rows else 1, f"only {n} images; at least 5 are needed to split them")
+                (table.rows[-1][0] if table.rows else 1, f"only {n} pictures; at least 5 are needed to split them")
             )
             return {}
         return _drawn(n)

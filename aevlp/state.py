@@ -187,7 +187,7 @@ def labels_of_run(self: Explorer) -> np.ndarray:  # (E,n,C) int8 over the traini
         n = len(self.data.splits["train"])
         if stack and stack[0].shape != (n, len(self.data.class_names)):
             raise AevlpError(
-                f"{self.run.name}: pseudo-labels of {stack[0].shape}, but {self.data.name} has {n} training images; "
+                f"{self.run.name}: pseudo-labels of {stack[0].shape}, but {self.data.name} has {n} training pictures; "
                 "open the run with its own data set"
             )
         self._labels = (self.run, np.stack(stack) if stack else None)
@@ -278,7 +278,9 @@ def other(
     if name == "pinned settings":
         return self.look(id, pinned[1], pinned[0]).pseudo
     if id not in self.data.splits["train"]:
-        raise AevlpError(f"{name} labels training images only; choose the split train, or compare with pinned settings")
+        raise AevlpError(
+            f"{name} labels training pictures only; choose the split train, or compare with pinned settings"
+        )
     if getattr(self, "_labeler", (None,))[0] != (name, self.recipe):
         self._labeler = (
             (name, self.recipe),

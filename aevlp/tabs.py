@@ -44,7 +44,7 @@ def show_tab(self: Tabs, *_):
         self.show_model()
     elif name in needs:
         if self.known is None:
-            raise AevlpError(f"{name} needs a look at every image of the split first")
+            raise AevlpError(f"{name} needs a look at every picture of the split first")
         needs[name]()
 
 # %% ../nbs/44_tabs.ipynb #1cf9be0c
@@ -215,8 +215,8 @@ def show_errors(self: Tabs):
     against = "the truth" if self.known.has_truth else "the given labels"
     self.error_line.value = (
         f'<span class="soft">{len(self.suspects)} labels where {html.escape(JUDGES[self.query.judge])} contradicts '
-        f"{against} most, among the images shown; "
-        "a row opens its image</span>"
+        f"{against} most, among the pictures shown; "
+        "a row opens its picture</span>"
     )
     self.errors.value = (
         draw.table_html(self.suspects.assign(_row=[f"row:{r}" for r in self.suspects.row]).drop(columns="row"), "_row")
@@ -229,7 +229,7 @@ def show_errors(self: Tabs):
 def to_review(self: Tabs):
     "Open the review of this split below, with the suspects first."
     if self.known is None:
-        raise AevlpError("there is no list of errors yet: it needs a look at every image of the split first")
+        raise AevlpError("there is no list of errors yet: it needs a look at every picture of the split first")
     s = self.state
     names = names_of(s.data, s.source.get("root"))
     ids = s.data.splits[s.split][list(dict.fromkeys(self.suspects.row))]
@@ -265,8 +265,8 @@ def show_model(self: Tabs):
     about = s.data.class_names, opinions, s.data.observed[id], s.truth(id), self.kept
     self.opinion.value = f'<div class="soft">{html.escape(s.cuts()[1])}</div>' + draw.opinions_html(*about)
     past = s.history(id)
-    self.epochs.value = "<h4>Pseudo-labels of this image, epoch by epoch</h4>" + (
-        "This image is not in the training split of the run, or its method has no pseudo-labels."
+    self.epochs.value = "<h4>Pseudo-labels of this picture, epoch by epoch</h4>" + (
+        "This picture is not in the training split of the run, or its method has no pseudo-labels."
         if past is None
         else draw.history_html(s.data.class_names, past, s.data.observed[id], s.truth(id), self.kept)
     )
@@ -306,7 +306,7 @@ def write_picture(self: Tabs):
 def write_list(self: Tabs):
     "The pictures of the list with all their columns."
     if self.known is None:
-        raise AevlpError("there are no columns yet: they need a look at every image of the split first")
+        raise AevlpError("there are no columns yet: they need a look at every picture of the split first")
     path = self.folder / f"{self.state.data.name}-{self.state.split}-list.csv"
     write_text(path, self.known.frame(self.query.judge).iloc[self.rows].to_csv(index=False))
     self.say(f"written: {path.name}")

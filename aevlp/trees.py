@@ -55,7 +55,9 @@ def folders(
     _report(root, [w for p in paths if (w := finder.find(os.path.relpath(p, root))[1])])
     observed = np.array([[n == c for c in classes] for n in names], np.int8)
     if None in parts:
-        table_of = len(paths) >= 5 or _report(root, [f"only {len(paths)} images; at least 5 are needed to split them"])
+        table_of = len(paths) >= 5 or _report(
+            root, [f"only {len(paths)} pictures; at least 5 are needed to split them"]
+        )
         splits = _drawn(len(paths)) if table_of else {}
     else:
         splits = _with_val({s: np.flatnonzero(np.array(of) == s) for s in ("train", "val", "test")}, notes)
@@ -211,7 +213,7 @@ def coco(
         [f"{n} {what}" for what, n in finder.taken.items() if "absolute" not in what],
     )
     if None in splits and len(images) < 5:
-        raise AevlpError(f"{root}: only {len(images)} images; at least 5 are needed to split them")
+        raise AevlpError(f"{root}: only {len(images)} pictures; at least 5 are needed to split them")
     splits = (
         _drawn(len(images))
         if None in splits
@@ -293,7 +295,7 @@ def voc(
     ]
     _report(base, problems)
     if not lists and len(images) < 5:
-        raise AevlpError(f"{base}: only {len(images)} images; at least 5 are needed to split them")
+        raise AevlpError(f"{base}: only {len(images)} pictures; at least 5 are needed to split them")
     splits = (
         _with_val({s: sorted({row[i] for i in lists.get(s, ())}) for s in ("train", "val", "test")}, notes)
         if lists

@@ -774,7 +774,7 @@ def test_what_is_no_picture_is_said(tmp_path):
     (tmp_path / "empty.png").write_bytes(b"")
     (tmp_path / "byte.png").write_bytes(b"B")
     says = {"missing.png": "does not exist; put it there", "empty.png": "is empty; download", ".": "is a folder or"}
-    for name, said in (says | {"byte.png": "not an image in a known format"}).items():
+    for name, said in (says | {"byte.png": "not a picture in a known format"}).items():
         for reads in (decode, decoded_bytes):
             with pytest.raises(AevlpError, match=said):
                 reads(tmp_path / name)

@@ -147,7 +147,7 @@ def test_the_list_is_what_the_selectors_say(state, data):
     page.search.value = "03.PNG"
     assert list(state.ids) == [3] and "of <b>1</b>" in page.found.value
     page.search.value = "nothing is called so"
-    assert "no image of train" in page.status.value and "of <b>0</b>" in page.found.value
+    assert "no picture of train" in page.status.value and "of <b>0</b>" in page.found.value
 
 
 def test_moved_sliders_are_said_until_all_images_are_judged_so(state):
@@ -310,7 +310,7 @@ def test_a_run_adds_history_and_probabilities(data, run, calls):
     assert "training loss" in page.curves.value and page.run.value == run
     page.filter.value = "moved between epochs"
     moved = [i for i in range(10) if np.ptp(np.int8(state.labels_of_run()[:, i] == 1), axis=0).any()]
-    assert list(state.ids) == moved or "no image" in page.status.value and not moved
+    assert list(state.ids) == moved or "no picture" in page.status.value and not moved
     page.split.value = "test"
     assert "not in the training split" in page.epochs.value and "moved between epochs" not in page.filter.options
     page.judge.value = "model"
@@ -382,7 +382,7 @@ def test_reset_and_compare(state):
         assert page.status.value == "" and (name == "nothing" or name in page.labels.value)
     page.split.value = "test"
     page.compare.value = "vlpl"
-    assert "training images only" in page.status.value
+    assert "training pictures only" in page.status.value
 
 
 def test_fixed_damp_beside_damp_is_the_first_draw(state):

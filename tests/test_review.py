@@ -207,7 +207,7 @@ def test_a_file_of_an_earlier_version_is_gone_on_with(data, tmp_path):
         ("", "line 1"),
         ("image,cat,dog\na.png,1\n", "line 2"),
         ("image,cat,dog\na.png,1,2\n", "line 2"),
-        ("image,cat,dog\na.png,1,0\nc.png,0,1\n", "line 3.*'c.png' is not an image"),
+        ("image,cat,dog\na.png,1,0\nc.png,0,1\n", "line 3.*'c.png' is not a picture"),
     ],
 )
 def test_a_file_of_something_else_is_refused_and_kept(tmp_path, text, said):
