@@ -435,8 +435,10 @@ def test_the_objective_hears_of_every_epoch_and_asks_for_the_training_split(data
         return objective
 
     monkeypatch.setattr(train, "build_objective", built)
+    monkeypatch.setattr(train.Tracking, "step", lambda self: heard.append("step"))
     tiny.train(tmp_path / "run", "an", data, {"epochs": 2, "batch_size": 30})
-    assert heard == [("start", 1, 2), ("end", 1, 60), ("start", 2, 2), ("end", 2, 60)]
+    steps = ["step"] * 2
+    assert heard == [("start", 1, 2), *steps, ("end", 1, 60), ("start", 2, 2), *steps, ("end", 2, 60)]
 
 
 @pytest.mark.parametrize("scores, best", [([0.5, 0.25, 0.5], 1), ([0.0, 0.0, 0.1], 3), ([3.0, 5.0, 4.0], 2)])
