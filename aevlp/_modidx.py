@@ -194,6 +194,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'aevlp.data.home': ('data.html#home', 'aevlp/data.py'),
                             'aevlp.data.image_loader': ('data.html#image_loader', 'aevlp/data.py'),
                             'aevlp.data.in_threads': ('data.html#in_threads', 'aevlp/data.py'),
+                            'aevlp.data.labels_of': ('data.html#labels_of', 'aevlp/data.py'),
                             'aevlp.data.made_here': ('data.html#made_here', 'aevlp/data.py'),
                             'aevlp.data.nearest': ('data.html#nearest', 'aevlp/data.py'),
                             'aevlp.data.observe': ('data.html#observe', 'aevlp/data.py'),

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FORMATS', 'MAX_PIXELS', 'MAX_BYTES', 'SMALL_PIXELS', 'OBSERVATIONS', 'PORTABLE', 'AevlpError', 'AevlpWarning',
            'progress', 'nearest', 'sync', 'fresh', 'replacing', 'write_text', 'write_json', 'home', 'open_clip_file',
-           'shipped', 'made_here', 'decode', 'decoded_bytes', 'LabelledImages', 'sample_single_positives',
+           'shipped', 'made_here', 'decode', 'decoded_bytes', 'labels_of', 'LabelledImages', 'sample_single_positives',
            'train_val_split', 'observe', 'arithmetic', 'threads', 'in_threads', 'Images', 'image_loader', 'epoch_order']
 
 # %% ../nbs/03_data.ipynb #95b4ba74
@@ -407,18 +407,28 @@ def decoded_bytes(
         return 3 * width * height
 
 # %% ../nbs/03_data.ipynb #1c4d582f
-def _label_matrix(name, what, values, shape, allowed) -> np.ndarray:  # int8
-    "Labels as int8, or what is wrong with them."
-    values = np.asarray(values)
-    if values.shape != shape:
-        raise AevlpError(f"{name}: {what} has shape {values.shape}, but images x classes is {shape}")
+def labels_of(
+    values,  # array
+    allowed,  # the values that a label may have
+    what: str,  # what holds them, for the message
+) -> np.ndarray:  # int8
+    "Labels as int8, or which value is none."
     wrong = ~np.isin(values, allowed)
     if wrong.any():
         row, column = np.argwhere(wrong)[0]
         raise AevlpError(
-            f"{name}: {what} holds {values[row, column]} at row {row}, column {column}; allowed are {allowed}"
+            f"{what}: {int(wrong.sum())} values are not in {allowed}, the first {values[row, column]} at row {row}, "
+            f"column {column}"
         )
     return values.astype(np.int8)
+
+
+def _label_matrix(name, what, values, shape, allowed) -> np.ndarray:  # int8
+    "Labels of every image and class."
+    values = np.asarray(values)
+    if values.shape != shape:
+        raise AevlpError(f"{name}: {what} has shape {values.shape}, but images x classes is {shape}")
+    return labels_of(values, allowed, f"{name}: {what}")
 
 
 def _check_splits(name, splits, n):
@@ -432,7 +442,7 @@ def _check_splits(name, splits, n):
     if len(np.unique(every)) != len(every):
         raise AevlpError(f"{name}: a picture is in two splits")
 
-
+# %% ../nbs/03_data.ipynb #7f96e5d1
 def _fingerprint(data) -> str:
     "Hash of name, classes, file names below their common folder, labels and splits; of own pictures their content too."
     root = _root(data.paths)

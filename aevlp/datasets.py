@@ -31,6 +31,7 @@ from aevlp.data import (
     AevlpError,
     LabelledImages,
     home,
+    labels_of,
     observe,
     progress,
     sample_single_positives,
@@ -102,14 +103,7 @@ def _npy_labels(path, rows, columns=None, allowed=(0, 1)) -> np.ndarray:  # (row
     ):
         want = f"({rows}, {columns or 'classes'})"
         raise AevlpError(f"{path} has shape {labels.shape} and type {labels.dtype}; numbers of shape {want} are needed")
-    wrong = ~np.isin(labels, allowed)
-    if wrong.any():
-        row, column = np.argwhere(wrong)[0]
-        raise AevlpError(
-            f"{path}: {int(wrong.sum())} values are not in {allowed}, the first {labels[row, column]} at row {row}, "
-            f"column {column}"
-        )
-    return labels.astype(np.int8)
+    return labels_of(labels, allowed, path)
 
 # %% ../nbs/26_datasets.ipynb #dd85009b
 def _npy_images(path) -> list:

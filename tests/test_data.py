@@ -297,7 +297,7 @@ def test_wrong_observations_are_refused(change, says):
     [
         ({"observed": np.zeros((600, 5))}, "shape"),
         ({"observed": np.full((600, 6), 2)}, "row 0, column 0"),
-        ({"truth": np.full((600, 6), -2)}, "allowed are"),
+        ({"truth": np.full((600, 6), -2)}, "the first -2 at row 0, column 0"),
         ({"truth": np.full((600, 6), np.nan)}, "nan"),
         ({"class_names": ["a"] * 6}, "class names"),
         ({"splits": {"dev": [0]}}, "dev"),
