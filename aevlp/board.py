@@ -10,6 +10,7 @@ import json
 import re
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Event, Thread
 
 import pandas as pd
 from fastcore.basics import patch
@@ -104,29 +105,57 @@ def lines(self: Board) -> list:  # of (name, text) of the runs that run now
 
 # %% ../nbs/29_board.ipynb #bbd4a93f
 @patch
-def __rich__(self: Board):
-    "Counts, time left, and a line a running run, redrawn twice a second."
-    from rich.table import Table
-
+def rows(self: Board) -> list:  # of str
+    "Counts and time left, then a line a running run."
     lines, states = self.lines(), list(self.states.values())
     open_ = sum(s in ("waiting", "handed out") for s in states)
     ended = f"{sum(s in ('done', 'reused') for s in states)} done, {states.count('failed')} failed"
     left = ""
     if self.spent and open_:
         left = f", about {clock(sum(self.spent) / len(self.spent) * open_ / self.workers)} left"
+    counts = f"{max(open_ - len(lines), 0)} waiting, {len(lines)} running, {ended}{left}"
+    return [counts, *(f"{self.names.get(name, name)}  {text}" for name, text in lines)]
+
+
+@patch
+def __rich__(self: Board):
+    "Counts, time left, and a line a running run, redrawn twice a second."
+    from rich.table import Table
+
+    first, *rest = self.rows()
     table = Table.grid(padding=(0, 2))
-    table.add_row(f"{max(open_ - len(lines), 0)} waiting, {len(lines)} running, {ended}{left}")
-    for name, text in lines:
-        table.add_row(f"  {self.names.get(name, name)}  {text}")
+    for row in (first, *(f"  {row}" for row in rest)):
+        table.add_row(row)
     return table
+
+# %% ../nbs/29_board.ipynb #288080ed
+@patch
+@contextmanager
+def _minutes(self: Board, seconds=60):
+    "One line a minute where nothing can be redrawn."
+    ended = Event()
+
+    def tell():
+        while not ended.wait(seconds):
+            self.say("; ".join(self.rows()))
+
+    Thread(target=tell, daemon=True).start()
+    try:
+        yield
+    finally:
+        ended.set()
 
 
 @patch
 @contextmanager
 def live(self: Board, show=True):
     "Show the board while the block runs."
-    if not show or not (self.console.is_terminal or self.console.is_jupyter):
+    if not show:
         yield self
+        return
+    if not (self.console.is_terminal or self.console.is_jupyter):
+        with self._minutes():
+            yield self
         return
     from rich.live import Live
 

@@ -17,6 +17,7 @@ import os
 import secrets
 import stat
 import struct
+import sys
 import threading
 import time
 import warnings
@@ -43,9 +44,37 @@ class AevlpError(ValueError):
 class AevlpWarning(UserWarning):
     "Something the user should know; the work went on."
 
+# %% ../nbs/03_data.ipynb #11ae5ba4
+class _Lines:
+    "In place of a bar: a line at most once a minute."
+
+    def __init__(self, began, total, initial, postfix, desc, **kw):
+        self.total, self.n, self.postfix, self.kw = total, initial, postfix, dict(kw, prefix=desc)
+        self.began, self.next = began, -math.inf
+        self.update(0)
+
+    def update(self, n):
+        self.n, now = self.n + n, time.monotonic()
+        if now >= self.next:
+            self.next, kw = now + 60, {k: v for k, v in self.kw.items() if k != "leave"}
+            form = "{desc}: {n_fmt} of {total_fmt}, {remaining} left{postfix}"
+            kw |= dict(elapsed=now - self.began, postfix=self.postfix, bar_format=form)
+            print(tqdm.format_meter(self.n, self.total, **kw), file=sys.stderr, flush=True)
+
+    def set_postfix_str(self, text):
+        self.postfix = text
+
+    def close(self):
+        "Lines stay where they are."
+
+
+def _bar(began, **kw):
+    drawn = sys.stderr.isatty() or any(c.__name__ == "tqdm_notebook" for c in tqdm.__mro__)
+    return tqdm(dynamic_ncols=True, **kw) if drawn else _Lines(began, **kw)
+
 # %% ../nbs/03_data.ipynb #db71ab3e
 class progress:
-    "Loop with a bar and the time left, shown from the third second on; without `iterable`, call `update`."
+    "Loop with a bar and the time left, from the third second on, or lines where none is drawn; else call `update`."
 
     def __init__(
         self,
@@ -65,7 +94,7 @@ class progress:
         if self.bar is not None:
             self.bar.update(n)
         elif time.monotonic() > self.appears:
-            self.bar = tqdm(total=self.total, initial=self.n, postfix=self.postfix, dynamic_ncols=True, **self.kw)
+            self.bar = _bar(self.appears - 2, total=self.total, initial=self.n, postfix=self.postfix, **self.kw)
 
     def __iter__(self):
         with self:

@@ -2,6 +2,7 @@
 
 import io
 import re
+import threading
 
 import pandas as pd
 import pytest
@@ -83,3 +84,21 @@ def test_a_board_calls_runs_by_their_names(tmp_path):
     done, failed = seen.console.file.getvalue().splitlines()
     assert done.startswith("done    negatives 30 %  test mAP 60.00") and folder.name not in done
     assert failed == f"failed  negatives 30 % ({folder.name}): no room"
+
+
+def test_without_a_terminal_a_line_now_and_then_says_how_far_it_is(tmp_path):
+    folder = finished(tmp_path, 61.0, method="gr", overrides={"epochs": 8})
+    seen, ticks = board.Board([runs.read_params(folder)], tmp_path, names={folder.name: "gr"}), threading.Event()
+    said = []
+
+    def say(text):
+        said.append(text)
+        ticks.set()
+
+    seen.say = say
+    with seen._minutes(0.01):
+        assert ticks.wait(20)
+    assert said[0] == "1 waiting, 0 running, 0 done, 0 failed"
+    now = len(said)
+    ticks.clear()
+    assert not ticks.wait(0.1) and len(said) <= now + 1, "it ends with the block"

@@ -593,7 +593,8 @@ def test_a_fresh_file_is_neither_an_old_one_nor_a_link(tmp_path):
     assert (tmp_path / "old").read_text() == "mine" and not (tmp_path / "elsewhere").exists()
 
 
-def test_progress_appears_only_where_it_takes_long(capsys):
+def test_progress_appears_only_where_it_takes_long(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     assert list(progress(range(3), "short")) == [0, 1, 2] and capsys.readouterr().err == ""
     with progress(desc="long", total=9) as bar:
         bar.appears = 0
@@ -624,7 +625,7 @@ def clock(monkeypatch):
     """The time in a list that a test may change, and what bars are told."""
     now, told = [100.0], []
     monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now[0]))
-    monkeypatch.setattr(module, "tqdm", lambda **kw: Bar(told, **kw))
+    monkeypatch.setattr(module, "_bar", lambda began, **kw: Bar(told, began=began, **kw))
     monkeypatch.delenv("SERVER_SOFTWARE", raising=False)
     return now, told
 
@@ -635,12 +636,28 @@ def test_progress_is_shown_from_the_third_second_on(clock):
         now[0] = at
         bar.set_postfix_str(item)
     assert told == [
-        dict(total=4, initial=2, postfix="b", dynamic_ncols=True, desc="letters", leave=False, unit="B"),
+        dict(began=100.0, total=4, initial=2, postfix="b", desc="letters", leave=False, unit="B"),
         *("c", 1, "d", 1, "closed"),
     ]
     for made, total in ((progress("ab"), 2), (progress(iter("ab"), total=9), 9), (progress("abc", total=5), 5)):
         assert made.total == total and made.n == 0
     assert progress(iter("ab")).total is None is progress().total
+
+
+def test_without_a_terminal_progress_is_a_line_a_minute(capsys, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    with progress(range(8), "letters") as bar:
+        for at in (101, 110, 120, 169, 170, 171, 230):
+            now[0] = at
+            bar.update()
+            bar.set_postfix_str(f"mAP {at}")
+    said = capsys.readouterr().err.splitlines()
+    assert said == [  # 2 steps in 10 seconds: 6 in 30; 5 in 70: 3 in 42; 7 in 130: 1 in 18
+        "letters: 2 of 8, 00:30 left, mAP 101",
+        "letters: 5 of 8, 00:42 left, mAP 169",
+        "letters: 7 of 8, 00:18 left, mAP 171",
+    ]
 
 
 def test_progress_is_not_drawn_on_a_page(clock, monkeypatch):
