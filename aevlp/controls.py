@@ -207,7 +207,7 @@ def _make_list(self: Controls):
     s, found = self.state, [None, *self.state.siblings()]
     listed = [("no run", None), *[(f.name, f) for f in found[1:]]]
     tip = "a finished run of this data set: its model, its pseudo-labels of every epoch, its settings"
-    self.run = menu(listed, "run", tip, "270px", index=found.index(s.run))
+    self.run = menu(listed, "run", tip, "240px", index=found.index(s.run))
     filled = [k for k, v in s.data.splits.items() if len(v)]
     self.split = menu(filled, "split", "training, validation or test pictures", "125px", value=s.split)
     tip = "whose labels and scores filters and columns speak of"
