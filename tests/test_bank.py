@@ -250,7 +250,7 @@ def test_a_folder_that_cannot_be_made(tmp_path):
 
 def test_images_of_another_split_are_refused(full):
     for wrong in ([0], [3], [int(IDS[-1]) + 1]):
-        with pytest.raises(AevlpError, match="other images"):
+        with pytest.raises(AevlpError, match="other pictures"):
             full.get(1, wrong)
 
 
