@@ -48,7 +48,7 @@ class AevlpWarning(UserWarning):
 class _Lines:
     "In place of a bar: a line at most once a minute."
 
-    def __init__(self, began, total, initial, postfix, desc, **kw):
+    def __init__(self, began, total, initial, postfix, desc, leave, **kw):
         self.total, self.n, self.postfix, self.kw = total, initial, postfix, dict(kw, prefix=desc)
         self.began, self.next = began, -math.inf
         self.update(0)
@@ -56,10 +56,9 @@ class _Lines:
     def update(self, n):
         self.n, now = self.n + n, time.monotonic()
         if now >= self.next:
-            self.next, kw = now + 60, {k: v for k, v in self.kw.items() if k != "leave"}
-            form = "{desc}: {n_fmt} of {total_fmt}, {remaining} left{postfix}"
-            kw |= dict(elapsed=now - self.began, postfix=self.postfix, bar_format=form)
-            print(tqdm.format_meter(self.n, self.total, **kw), file=sys.stderr, flush=True)
+            self.next, form = now + 60, "{desc}: {n_fmt} of {total_fmt}, {remaining} left{postfix}"
+            said = dict(elapsed=now - self.began, postfix=self.postfix, bar_format=form)
+            print(tqdm.format_meter(self.n, self.total, **self.kw, **said), file=sys.stderr, flush=True)
 
     def set_postfix_str(self, text):
         self.postfix = text

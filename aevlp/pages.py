@@ -254,9 +254,9 @@ def serve(
     tell=print,  # what one waits for
 ) -> int:  # 0, or 1 where the server failed
     "A server on 127.0.0.1 with a token of its own, until Ctrl-C, SIGTERM, or a closed terminal; kernels end with it."
-    port = port or _free_port()
-    if answers(port):
+    if port and answers(port):
         raise AevlpError(f"port {port} is taken; choose another, or leave --port out")
+    port = port or _free_port()
 
     before = {s: signal.signal(s, _ended) for s in (signal.SIGTERM, signal.SIGHUP)}
     token, server, name = secrets.token_urlsafe(24), None, {"jupyterlab": "JupyterLab", "voila": "the page"}[kind]
