@@ -17,7 +17,7 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file
-from sklearn.metrics import average_precision_score
+from sklearn.metrics import average_precision_score, precision_score, recall_score
 
 from aevlp import batches, checkpoints, evidence, train, vlm
 from aevlp.data import AevlpError, decode, epoch_order, replacing
@@ -97,6 +97,21 @@ def test_the_best_epoch_is_tested(data, run):
     assert saved["probs"].dtype == np.float32
     assert sklearn_map(saved["probs"], saved["targets"]) == pytest.approx(metrics["test_map"], abs=1e-3)
     assert np.mean(list(metrics["per_class"].values())) == pytest.approx(metrics["test_map"], abs=1e-3)
+
+
+def test_every_epoch_says_how_good_its_pseudo_labels_were(data, run, tmp_path):
+    ids, history = data.splits["train"], pd.read_csv(run / "history.csv", index_col="epoch")
+    unknown = data.observed[ids] == 0
+    kept = sorted((run / "pseudo").glob("epoch_*.npz"))
+    for path in kept:
+        with np.load(path) as file:
+            pseudo = file["pseudo"][unknown] == 1
+        said, truth = history.loc[int(path.stem[-2:])], data.truth[ids][unknown] == 1
+        assert said.precision == pytest.approx(precision_score(truth, pseudo), abs=1e-6)
+        assert said.recall == pytest.approx(recall_score(truth, pseudo), abs=1e-6)
+    assert kept
+    tiny.train(tmp_path / "run", "an", data, dict(epochs=1))  # has none
+    assert pd.read_csv(tmp_path / "run/history.csv")[list(evidence.QUALITY)].isna().all(axis=None)
 
 
 def test_what_chooses_the_best_epoch(data, tmp_path):
