@@ -456,6 +456,16 @@ def test_the_objective_hears_of_every_epoch_and_asks_for_the_training_split(data
     assert heard == [("start", 1, 2), *steps, ("end", 1, 60), ("start", 2, 2), *steps, ("end", 2, 60)]
 
 
+def test_a_tracker_has_its_name_from_the_caller_or_outside_and_hears_the_end(data, tmp_path, monkeypatch):
+    asked, heard = [], []
+    monkeypatch.setenv("AEVLP_TRACKER", "outside")
+    monkeypatch.setattr(train, "tracker_named", asked.append)
+    monkeypatch.setattr(train.Tracking, "close", lambda self, metrics: heard.append(metrics))
+    given = {"outside": None, "given": "given"}
+    made = [tiny.train(tmp_path / name, "an", data, {"epochs": 1}, tracker=t) for name, t in given.items()]
+    assert asked == list(given) and heard == made
+
+
 @pytest.mark.parametrize("scores, best", [([0.5, 0.25, 0.5], 1), ([0.0, 0.0, 0.1], 3), ([3.0, 5.0, 4.0], 2)])
 def test_the_first_of_the_best_epochs_is_the_best(data, tmp_path, monkeypatch, scores, best):
     told = iter(scores)
