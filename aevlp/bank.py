@@ -19,7 +19,7 @@ import torch
 from fastcore.basics import patch
 from filelock import FileLock
 
-from .data import AevlpError, fresh, home, write_json
+from .data import AevlpError, fresh, home, regular, write_json
 
 # %% ../nbs/07_bank.ipynb #dff25a35
 def banks_root() -> Path:
@@ -27,15 +27,27 @@ def banks_root() -> Path:
     return home() / "banks"
 
 
-def _read_json(path):
+def _read_json(path, *names):
+    "What a file of a bank says, each of its names there."
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as e:
+        found = json.loads(regular(path).read_text(encoding="utf-8"))
+        if not isinstance(found, dict) or not {*names} <= found.keys():
+            raise ValueError(f"{', '.join(names)} should be in it")
+        return found
+    except (OSError, ValueError, RecursionError) as e:
         raise AevlpError(f"{path}: cannot be read ({e}); remove the folder {path.parent}.") from e
 
 
+def _manifest(folder):
+    path = folder / "manifest.json"
+    found = _read_json(path, "key", "images", "views", "width")
+    if not isinstance(found["key"], dict):
+        raise AevlpError(f"{path}: does not say what the bank is of; remove the folder {folder}.")
+    return found
+
+
 def _sha256(path):
-    with open(path, "rb") as f:
+    with open(regular(path), "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 # %% ../nbs/07_bank.ipynb #d6d223ee
@@ -62,12 +74,10 @@ class Bank:
         folder = (Path(root) if root else banks_root()) / name
         bank, path = cls(folder, ids, views, width), folder / "manifest.json"
         if path.exists():
-            _read_json(path)
+            _manifest(folder)
         else:
             bank._begin(manifest)
-        for epoch in [
-            int(done.stem[6:]) for done in folder.glob("epoch_*.done") if not done.with_suffix(".json").exists()
-        ]:
+        for epoch in [_epoch(p) for p in _epochs(folder, "done") if not p.with_suffix(".json").exists()]:
             if bank.complete(epoch):
                 bank._seal(epoch)  # a writer was killed just before it
         return bank
@@ -143,7 +153,7 @@ def _check(self: Bank, epoch, rows, done):
     "The files have their sizes, and a complete one its hash."
     seal = self._file(epoch, "json")
     fits = rows.exists() and rows.stat().st_size == self.bytes and done.stat().st_size == self.shape[0]
-    if not fits or seal.exists() and _read_json(seal)["sha256"] != _sha256(rows):
+    if not fits or seal.exists() and _read_json(seal, "sha256")["sha256"] != _sha256(rows):
         raise AevlpError(
             f"{rows} is damaged: it is not what was written; `aevlp bank rm {self.folder.name}` makes room for a new "
             "one."
@@ -209,22 +219,28 @@ def close(self: Bank):
 # %% ../nbs/07_bank.ipynb #59154ef3
 def _folder(name, root):
     folder = (Path(root) if root else banks_root()) / name
-    if not (folder / "manifest.json").exists() or Path(name).name != name:
+    if name not in {path.parent.name for path in folder.parent.glob("*/manifest.json")}:
         raise AevlpError(
             f"No CLIP bank is called '{name}' in {folder.parent}: `aevlp bank ls` lists those that are there."
         )
     return folder
 
 
-def _epochs(folder):
-    return sorted(folder.glob("epoch_*.f16"))
+def _epoch(path):
+    return int(path.stem.removeprefix("epoch_"))
+
+
+def _epochs(folder, suffix="f16"):
+    "The files of epochs; one that somebody put there under another name is none."
+    found = folder.glob(f"epoch_*.{suffix}")
+    return sorted(p for p in found if p.is_file() and p.stem.removeprefix("epoch_").isdecimal())
 
 
 def banks(root=None) -> pd.DataFrame:
     "All banks: what they are of, epochs begun and complete, size."
     rows = []
     for path in sorted((Path(root) if root else banks_root()).glob("*/manifest.json")):
-        manifest, epochs = _read_json(path), _epochs(path.parent)
+        manifest, epochs = _manifest(path.parent), _epochs(path.parent)
         rows.append(
             dict(
                 name=path.parent.name,
@@ -244,17 +260,19 @@ def verify(name: str, root=None) -> pd.DataFrame:
     "Each epoch of a bank: 'complete', 'damaged' (its bytes have changed) or 'partial'."
     rows = []
     for path in _epochs(_folder(name, root)):
-        seal = path.with_suffix(".json")
-        state = (
-            "partial" if not seal.exists() else "complete" if _read_json(seal)["sha256"] == _sha256(path) else "damaged"
-        )
-        rows.append(dict(epoch=int(path.stem[6:]), state=state))
+        seal, state = path.with_suffix(".json"), "partial"
+        if seal.exists():
+            try:
+                state = "complete" if _read_json(seal, "sha256")["sha256"] == _sha256(path) else "damaged"
+            except AevlpError:
+                state = "damaged"
+        rows.append(dict(epoch=_epoch(path), state=state))
     return pd.DataFrame(rows, columns=["epoch", "state"])
 
 
 def remove(name: str, root=None) -> str:
     "Delete a bank; the next run that needs it calls CLIP again."
     folder = _folder(name, root)
-    size = sum(f.stat().st_size for f in folder.iterdir())
-    shutil.rmtree(folder)
+    size = sum(f.lstat().st_size for f in folder.iterdir())
+    folder.unlink() if folder.is_symlink() else shutil.rmtree(folder)
     return f"Removed bank {name}: {size / 1e6:,.1f} MB."

@@ -16,7 +16,7 @@ import pandas as pd
 from fastcore.basics import patch
 
 from . import datasets, metrics, outcome, recipes, registry
-from .data import AevlpError, nearest
+from .data import AevlpError, nearest, regular
 from .runs import STATES, folders, json_or_empty, read_params, run_key, run_name, status
 
 # %% ../nbs/29_board.ipynb #46d89dbf
@@ -26,7 +26,7 @@ def epoch_of(
 ) -> tuple:  # number, text or None, number or None
     "How far a run is, from its history: epochs done, what validation says, seconds left."
     try:
-        history = pd.read_csv(Path(folder) / "history.csv")
+        history = pd.read_csv(regular(Path(folder) / "history.csv"))
     except (OSError, ValueError):  # not there yet, or torn
         return 0, None, None
     history = history.apply(pd.to_numeric, errors="coerce")
@@ -165,15 +165,11 @@ def live(self: Board, show=True):
 # %% ../nbs/29_board.ipynb #2425cb7d
 def _measured(path) -> dict:
     "The numbers of a run's metrics, values without their intervals."
-    found = outcome.read_json(path)
+    found = outcome.metrics(path.parent)
     measured = {k: v for k, v in found.items() if not isinstance(v, (dict, list))}
     for split in ("test", "val"):
-        given = found.get(split) if isinstance(found.get(split), dict) else {}
-        measured |= {
-            f"{split}_{k}": v[0] if isinstance(v, list) and v else None
-            for k, v in given.items()
-            if k in metrics.MEASURES and k != "map"
-        }
+        given = (found.get(split) or {}).items()
+        measured |= {f"{split}_{k}": v[0] if v else None for k, v in given if k in metrics.MEASURES and k != "map"}
     numbers = [k for k in measured if k.startswith(("test_", "val_"))]
     if odd := [k for k in numbers if not isinstance(measured[k], (int, float, type(None)))]:
         raise AevlpError(f"{path}: {odd[0]} should be a number; remove the file, and train the run again")
@@ -197,23 +193,14 @@ def _row(folder) -> dict:
         measured = _measured(folder / "metrics.json")
     except AevlpError as e:
         measured, said, error = {}, said | {"state": "unreadable"}, str(e)
-    outer = {k: v for k, v in params.items() if k not in ("recipe", "overrides")}
-    overrides = overrides_text(params)
-    observation = outer.pop("observation", None)
-    return dict(
-        run=folder.name,
-        state=said["state"],
-        key=run_key(params),
-        **outer,
-        overrides=overrides,
-        observation=observation if isinstance(observation, (str, type(None))) else json.dumps(observation),
-        **params["recipe"],
-        **{k: v for k, v in measured.items() if k not in params["recipe"] and k not in outer},
-        wall=said.get("seconds"),
-        ended=said.get("ended"),
-        error=error,
-        folder=str(folder),
-    )
+    observation = params.get("observation")
+    observation = observation if isinstance(observation, (str, type(None))) else json.dumps(observation)
+    outer = {k: v for k, v in params.items() if k not in ("recipe", "overrides", "observation")}
+    outer |= dict(overrides=overrides_text(params), observation=observation)
+    first = dict(run=folder.name, state=said["state"], key=run_key(params))
+    last = dict(wall=said.get("seconds"), ended=said.get("ended"), error=error, folder=str(folder))
+    row = first | outer | params["recipe"] | measured | last
+    return row | params["recipe"] | outer | first | last  # where two have one name, a file's own words give way
 
 # %% ../nbs/29_board.ipynb #75390771
 def frame(

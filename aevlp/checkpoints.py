@@ -19,7 +19,7 @@ import torch
 from fastcore.basics import patch
 from safetensors.torch import load_file
 
-from .data import AevlpError, replacing, sync, write_json
+from .data import AevlpError, regular, replacing, sync, write_json
 from .models import FROZEN
 
 # %% ../nbs/17_checkpoints.ipynb #bd603237
@@ -42,7 +42,7 @@ def _unpacked(tree):
 
 # %% ../nbs/17_checkpoints.ipynb #c44403bc
 def _digest(path):
-    with open(path, "rb") as file:
+    with open(regular(path), "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -94,9 +94,9 @@ def load_checkpoint(
 def _whole(path):
     "Whether a checkpoint is as it was written."
     try:
-        manifest = json.loads((path / "manifest.json").read_text())
+        manifest = json.loads(regular(path / "manifest.json").read_text())
         return "state.pt" in manifest and all(_digest(path / name) == digest for name, digest in manifest.items())
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError):
         return False
 
 

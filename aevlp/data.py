@@ -4,13 +4,16 @@
 
 # %% auto #0
 __all__ = ['FORMATS', 'MAX_PIXELS', 'MAX_BYTES', 'SMALL_PIXELS', 'OBSERVATIONS', 'PORTABLE', 'AevlpError', 'AevlpWarning',
-           'progress', 'nearest', 'sync', 'fresh', 'replacing', 'write_text', 'write_json', 'home', 'open_clip_file',
-           'shipped', 'made_here', 'decode', 'decoded_bytes', 'labels_of', 'LabelledImages', 'sample_single_positives',
-           'train_val_split', 'observe', 'arithmetic', 'threads', 'in_threads', 'Images', 'image_loader', 'epoch_order']
+           'progress', 'nearest', 'sync', 'regular', 'fresh', 'replacing', 'write_text', 'write_json', 'home',
+           'open_clip_file', 'shipped', 'made_here', 'decode', 'decoded_bytes', 'labels_of', 'LabelledImages',
+           'sample_single_positives', 'train_val_split', 'observe', 'arithmetic', 'threads', 'in_threads', 'Images',
+           'image_loader', 'epoch_order']
 
 # %% ../nbs/03_data.ipynb #95b4ba74
 import difflib
+import errno
 import hashlib
+import io
 import json
 import math
 import os
@@ -142,6 +145,16 @@ def sync(
         os.close(handle)
 
 
+def regular(
+    path,  # of a file to read
+) -> Path:
+    "The path; a pipe or a device there, which may never end, is an `OSError` at once."
+    path = Path(path)
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise OSError(errno.EINVAL, "it is a pipe or a device, not a file", str(path))
+    return path
+
+
 def fresh(
     path,  # of a file that does not exist
 ):
@@ -259,7 +272,26 @@ _SCANS = 600_000_000  # pixels times scans of a progressive JPEG
 
 _IN_PYTHON = {"ppm", "ppm_plain", "bmp_rle"}  # decoders of Pillow that are loops of Python
 
+
+_PATIENCE = 2**24  # bytes that are read in pieces before a picture begins; of a piece, and of all later ones, 64 at least
+
 # %% ../nbs/03_data.ipynb #9b2232c2
+class _Patient(io.BufferedReader):
+    "A picture file; padding, comments or millions of small parts that would be read for minutes are an error."
+
+    spent, opening = 0, True
+
+    def __init__(self, path):
+        super().__init__(io.FileIO(path))
+
+    def read(self, size=-1):
+        data = super().read(size)
+        self.spent += max(len(data), 64) if self.opening and len(data) < 2**20 else 64
+        if self.spent > _PATIENCE:
+            raise ValueError("too much lies around its pixels, or it is in too many parts; save it again")
+        return data
+
+
 def _orientation(im) -> int:
     "EXIF orientation 1 to 8; 1 (upright) where the EXIF block itself is broken, as viewers do."
     try:
@@ -381,7 +413,8 @@ def _one_large(process):  # a forked process does not wait for a thread of its p
 def _opened(path, side):
     "An image that Pillow opened and that may be decoded; what goes wrong is one sentence."
     try:
-        with Image.open(path, formats=FORMATS) as im:
+        with _Patient(path) as file, Image.open(file, formats=FORMATS) as im:
+            file.opening = False
             _check_size(im, path, side)
             yield im
     except AevlpError:
@@ -409,7 +442,7 @@ def made_here(
 ) -> bool:
     "Whether it is a picture that aevlp drew, as a grid of predictions: `plots.png` says so in its header."
     try:
-        with Image.open(path, formats=["PNG"]) as im:
+        with _Patient(regular(path)) as file, Image.open(file, formats=["PNG"]) as im:
             return im.info.get("Software") == "aevlp"
     except Exception:  # not a PNG, in one of a dozen ways
         return False
@@ -524,7 +557,7 @@ def _suspect(data: bytes) -> bool:
 # %% ../nbs/03_data.ipynb #3205f23a
 def _content(path) -> bytes:  # 17 bytes: hash, and whether the file is suspect
     try:
-        data = Path(path).read_bytes()
+        data = regular(path).read_bytes()
     except (OSError, ValueError):
         return bytes(16) + b"\1"  # what is wrong with it, the decoder says
     return hashlib.sha256(data).digest()[:16] + bytes([_suspect(data)])

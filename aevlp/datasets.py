@@ -34,6 +34,7 @@ from aevlp.data import (
     labels_of,
     observe,
     progress,
+    regular,
     sample_single_positives,
     shipped,
     train_val_split,
@@ -81,7 +82,7 @@ def class_names(
 def _npy(path) -> np.ndarray:
     "An array of numbers or strings; never an object array, never more than the file holds."
     try:
-        return np.array(np.lib.format.open_memmap(path, mode="r"))
+        return np.array(np.lib.format.open_memmap(regular(path), mode="r"))
     except FileNotFoundError:
         raise AevlpError(f"{path} is missing") from None
     except Exception as e:  # the header is Python text: parsing it can fail in many ways
@@ -238,7 +239,7 @@ def _voc_area(base, ids, classes) -> np.ndarray:  # (n, C) square pixels
     for i, image in enumerate(progress(ids, "reading boxes")):
         path = base / f"Annotations/{image}.xml"
         try:
-            tree = ElementTree.fromstring(path.read_bytes())
+            tree = ElementTree.fromstring(regular(path).read_bytes())
             for thing in tree.iter("object"):
                 x0, y0, x1, y1 = (float(thing.findtext(f"bndbox/{k}")) for k in ("xmin", "ymin", "xmax", "ymax"))
                 area[i, classes.index(thing.findtext("name"))] += (x1 - x0) * (y1 - y0)
@@ -273,7 +274,7 @@ def _coco_part(path, folder) -> tuple:  # image names, (n, C) int8, (n, C) squar
         labelled = [(image, categories[category], float(area)) for image, category, area in found["annotations"]]
         ids = sorted({i for i, _, _ in labelled}, key=str)
         names = [f"{folder}/{file_names[i]}" for i in ids]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as e:
         if isinstance(e, AevlpError):
             raise
         raise AevlpError(

@@ -26,7 +26,7 @@ import aevlp
 from . import outcome
 from .batches import global_batches, predict
 from .checkpoints import refuse_other
-from .data import AevlpError, LabelledImages, progress, replacing, write_json
+from .data import AevlpError, LabelledImages, progress, regular, replacing, write_json
 from .methods import get as get_method
 from .metrics import MEASURES, auc_observed, average_precision, class_mean, headline, map_interval, single_positive
 from .models import FROZEN, described_model, offline
@@ -104,7 +104,7 @@ def run_settings(
 ) -> dict:
     "What the header of a weight file says about its run."
     try:
-        with safe_open(path, "pt") as file:
+        with safe_open(regular(path), "pt") as file:
             settings = json.loads(file.metadata()["run"])
         kinds = [(settings["method"], str), (settings["recipe"], dict), (settings["class_names"], list)]
         kinds += [(name, str) for name in settings["class_names"]]

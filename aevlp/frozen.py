@@ -17,8 +17,8 @@ from fastcore.basics import patch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from .bank import Bank, _folder, _read_json
-from .data import AevlpError, Images, LabelledImages, _root
+from .bank import Bank, _folder, _manifest
+from .data import AevlpError, Images, LabelledImages, _root, regular
 from .eyes import clip_of, eyes_of, turn, view_settings
 from .views import evaluation_plan
 
@@ -129,9 +129,9 @@ def _parts(self: Embeddings, split, epoch):  # yields (b, V, K) float16, of cons
 def _held(path, ids):  # -> rows and ids as they are in the file, or as given
     try:
         if path.suffix == ".npy":
-            return np.load(path, mmap_mode="r", allow_pickle=False), ids
+            return np.load(regular(path), mmap_mode="r", allow_pickle=False), ids
         if path.suffix == ".safetensors":
-            with safe_open(path, "np") as file:
+            with safe_open(regular(path), "np") as file:
                 if "features" not in file.keys():
                     raise AevlpError(
                         f"{path}: no tensor is called 'features', only {', '.join(list(file.keys())[:3]) or 'none'}."
@@ -154,9 +154,9 @@ def _ids(path):
     path = Path(path)
     try:
         return (
-            np.load(path, allow_pickle=False)
+            np.load(regular(path), allow_pickle=False)
             if path.suffix == ".npy"
-            else path.read_text(encoding="utf-8").splitlines()
+            else regular(path).read_text(encoding="utf-8").splitlines()
         )
     except (OSError, ValueError) as e:
         raise AevlpError(f"{path}: cannot be read as ids, .npy or one a line ({e}).") from e
@@ -270,7 +270,7 @@ def head_rows(
 def imported(name, data, root=None) -> Bank:
     "The bank of imported features of that name, if it is of these pictures."
     folder = _folder(name, root)
-    manifest = _read_json(folder / "manifest.json")
+    manifest = _manifest(folder)
     if "features" not in manifest["key"]:
         raise AevlpError(
             f"bank {name} holds CLIP's views, not imported features; leave features= out to train on CLIP's."

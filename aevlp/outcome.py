@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .data import AevlpError, LabelledImages, nearest, replacing, write_json
+from .data import AevlpError, LabelledImages, nearest, regular, replacing, write_json
 
 # %% ../nbs/16_outcome.ipynb #dc6a3dcc
 _LARGEST = 2**23  # bytes of a JSON file: names and numbers of some 50,000 classes
@@ -29,6 +29,13 @@ def _once(pairs):
         raise ValueError(f"{next(n for n in names if names.count(n) > 1)!r} is in it twice")
     return found
 
+
+def _number(digits) -> int:
+    "A whole number; one that no float can hold is refused."
+    if len(digits) > 300:
+        raise ValueError(f"a number of {len(digits)} digits")
+    return int(digits)
+
 # %% ../nbs/16_outcome.ipynb #a8b75f11
 def read_json(
     path,  # of a file in a run's folder
@@ -36,13 +43,13 @@ def read_json(
 ) -> dict:  # {} where there is no such file
     "What a JSON file says, or a sentence on what is wrong with it."
     try:
-        if not Path(path).is_file() and Path(path).exists():  # a pipe would never end
-            raise ValueError("it is no file")
-        with open(path, "rb") as file:
+        with open(regular(path), "rb") as file:
             data = file.read(_LARGEST + 1)
         if len(data) > _LARGEST:
             raise ValueError(f"it is larger than {_LARGEST // 2**20} MB")
-        found = json.loads(data.decode(), object_pairs_hook=_once)
+        found = json.loads(data.decode(), object_pairs_hook=_once, parse_int=_number)
+        if rb"\u" in data:
+            json.dumps(found, ensure_ascii=False).encode()  # half a character cannot be shown
     except FileNotFoundError:
         return {}
     except OSError as e:
@@ -209,14 +216,13 @@ def metrics(
     by_class = ("per_class", "per_class_positives", "per_class_auc_observed", "per_class_given")
     kinds |= dict.fromkeys((*by_class, "test", "val"), dict)
     found, path = read_json(Path(run_dir) / "metrics.json", kinds), Path(run_dir) / "metrics.json"
-    numbers = {name: [value] for key in by_class for name, value in (found.get(key) or {}).items()}
-    numbers |= {
-        name: value
-        for key in ("test", "val")
-        for name, value in (found.get(key) or {}).items()
-        if isinstance(value, list)
-    }
-    for name, values in numbers.items():
+    numbers = [(name, [value]) for key in by_class for name, value in (found.get(key) or {}).items()]
+    for key in ("test", "val"):
+        for name, value in (found.get(key) or {}).items():
+            if value is not None and not (isinstance(value, list) and len(value) == 3):
+                raise AevlpError(f"{path}: {name} of {key} should be three numbers; put it right, or remove the file")
+            numbers.append((name, value or []))
+    for name, values in numbers:
         if not all(value is None or isinstance(value, (int, float)) for value in values):
             raise AevlpError(f"{path}: {name} should be a number; put it right, or remove the file")
     return found
@@ -239,7 +245,7 @@ def scored(
     "Predictions of a run."
     path, prefix = Path(run_dir) / "predictions.npz", "" if split == "test" else f"{split}_"
     try:
-        with np.load(path, allow_pickle=False) as kept:
+        with np.load(regular(path), allow_pickle=False) as kept:
             if prefix + "probs" not in kept or not len(kept[prefix + "probs"]):
                 return None
             found = {k: kept[prefix + k] for k in ("names", "probs", "targets", "observed") if prefix + k in kept}
@@ -282,7 +288,8 @@ def is_page(
     path,  # of a file
 ) -> bool:
     "Whether it is a page that a command made."
-    return GENERATOR.encode() in Path(path).read_bytes()[:500]
+    with open(path, "rb") as file:
+        return GENERATOR.encode() in file.read(500)
 
 
 def keep_foreign(
@@ -295,6 +302,6 @@ def keep_foreign(
         raise AevlpError(
             f"{path} is a folder; name a file" if path.is_dir() else f"{path.parent} is not a folder; make it first"
         )
-    if path.exists() and not ours(path):
+    if path.exists() and not (path.is_file() and ours(path)):
         raise AevlpError(f"{path} is there already and was not made by this command; name another file, or remove it")
     return path

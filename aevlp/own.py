@@ -18,7 +18,7 @@ import numpy as np
 from fastcore.basics import patch
 from PIL import Image
 
-from .data import FORMATS, AevlpError, LabelledImages, train_val_split
+from .data import FORMATS, AevlpError, LabelledImages, regular, train_val_split
 
 # %% ../nbs/22_own.ipynb #b308399c
 class _Folder:
@@ -221,7 +221,7 @@ def _report(where, problems):
 def _text(path) -> str:
     "A text file as UTF-8, with or without byte-order mark."
     try:
-        data = Path(path).read_bytes()
+        data = regular(path).read_bytes()
     except OSError as e:
         raise AevlpError(f"{path} cannot be read: {e.strerror}") from None
     if data[:2] in (b"\xff\xfe", b"\xfe\xff"):

@@ -97,8 +97,8 @@ def _check_asked(dataset, seed, overrides):
     "What can be wrong before anything is read."
     if dataset is not None and dataset not in datasets.names():
         raise AevlpError(f"no data set is called '{dataset}'; the nearest is '{nearest(dataset, datasets.names())}'")
-    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-        raise AevlpError(f"seed={seed!r} should be a whole number from 0")
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**31:
+        raise AevlpError(f"seed={reprlib.repr(seed)} should be a whole number from 0, below 2^31")
     for key in overrides:
         if not isinstance(key, str):
             raise AevlpError(f"an override's name should be text, not {reprlib.repr(key)}")
@@ -277,13 +277,16 @@ _YAML_BYTES, _YAML_DEPTH, _YAML_VALUES = 4 * 2**20, 20, 200_000
 _YAML_TAGS = tuple(f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "bool", "null"))
 
 
+_LOADER = yaml.SafeLoader("")
+
+
 @lru_cache(10_000)
 def _scalar(text, tag=None):
     "What a word of YAML stands for."
-    loader = yaml.SafeLoader("")
     if text in ("<<", "="):  # of a merge, which `dict` makes; of nothing that anybody needs
         return text
-    return loader.construct_object(yaml.ScalarNode(tag or loader.resolve(yaml.ScalarNode, text, (True, False)), text))
+    tag = tag or _LOADER.resolve(yaml.ScalarNode, text, (True, False))
+    return _LOADER.yaml_constructors[tag](_LOADER, yaml.ScalarNode(tag, text))
 
 
 def _mapping(pairs) -> dict:
@@ -370,7 +373,17 @@ _PARAMS = dict(
     separator=_MAYBE,
     reviewed=_MAYBE,
     overrides=(dict, type(None)),
+    content=_MAYBE,
+    notes=(list, type(None)),
 )
+
+
+def _is_json(value) -> bool:
+    "Whether it is text, numbers, lists and names with values, as a run's name is made of."
+    try:
+        return bool(json.dumps(value, sort_keys=True, ensure_ascii=False).encode())
+    except (TypeError, ValueError):  # a date; names that are numbers and text; half a character
+        return False
 
 
 def read_params(
@@ -389,6 +402,7 @@ def read_params(
     odd += [
         k for k, v in recipe.items() if not isinstance(k, str) or type(v) not in (str, int, float, bool, type(None))
     ]
+    odd += [k for k, v in params.items() if not isinstance(k, str) or not _is_json(v)]
     if odd:
         raise AevlpError(
             f"{path} does not hold the parameters of a run: {reprlib.repr(odd[0])} is no such value; delete the folder"

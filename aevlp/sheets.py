@@ -8,10 +8,10 @@ __all__ = ['split_cells', 'table']
 # %% ../nbs/23_sheets.ipynb #4bfc35d5
 import ast
 import csv as csv_module
-import io
 import os
 import re
 from collections import Counter, defaultdict
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +30,8 @@ def _listed(cell) -> list | None:
         return None
     inside = cell[1:-1]
     if _QUOTED.search(inside) and not _QUOTED.sub("", inside).strip(" ,\n\t"):
-        return [ast.literal_eval(q) for q in _QUOTED.findall(inside)]
+        with suppress(SyntaxError, ValueError):  # an escape that Python does not know: text as any other
+            return [ast.literal_eval(q) for q in _QUOTED.findall(inside)]
     return [part for part in (p.strip() for p in inside.split(",")) if part]
 
 
@@ -71,12 +72,26 @@ def split_cells(
     return out, notes
 
 # %% ../nbs/23_sheets.ipynb #0d9c1a59
+_COLUMNS = 100_000  # of a table, at most
+
+
+_LINE = 2**22  # characters
+
+
+def _lines(path, text):
+    "The lines of a text with their ends, one after the other: a file in memory would take four bytes a character."
+    for number, line in enumerate(re.finditer(r"[^\r\n]*(?:\r\n?|\n)|[^\r\n]+", text), 1):
+        if line.end() - line.start() > _LINE:
+            raise AevlpError(f"{path}, line {number}: more than {_LINE:,} characters in one line; check its line ends")
+        yield line[0]
+
+
 def _csv_rows(path) -> tuple:  # header, [(line number, cells)], what is to be said
     "The cells of a table; blank lines are left out."
     text = _text(path)
-    first = next((line for line in text.splitlines() if line.strip()), "")
+    first = next((line for line in _lines(path, text) if line.strip()), "")
     separator = "," if "," in first else next((s for s in ";\t|" if s in first), ",")
-    reader = csv_module.reader(io.StringIO(text, newline=""), strict=True, delimiter=separator)
+    reader = csv_module.reader(_lines(path, text), strict=True, delimiter=separator)
     rows, line = [], 1
     try:
         for cells in reader:
@@ -85,6 +100,8 @@ def _csv_rows(path) -> tuple:  # header, [(line number, cells)], what is to be s
             line = reader.line_num + 1
     except csv_module.Error as e:
         raise AevlpError(f"{path}, line {line}: {e}; check the quotes") from None
+    if rows and len(rows[0][1]) > _COLUMNS:
+        raise AevlpError(f"{path} has {len(rows[0][1]):,} columns, more than {_COLUMNS:,}; write labels by their names")
     if not rows:
         raise AevlpError(f"{path} is empty; its first line must be 'image,label' or 'image,<class>,<class>,...'")
     called = {";": "semicolons", "\t": "tabs", "|": "bars"}.get(separator)
@@ -199,11 +216,11 @@ def _image(self: _Table) -> int:
             some
         )
 
-    named = self._known_as("image", lambda i: True)
+    named, ignored = self._known_as("image", lambda i: True), set(self.ignored)
     if len(named) > 1 and len({self.names[i] for i in named}) > 1:
         named = [i for i in named if found(i)] or named
     if not named:
-        named = [i for i in range(len(self.names)) if i not in self.ignored and found(i)]
+        named = [i for i in range(len(self.names)) if i not in ignored and found(i)]
     self.finder.taken.clear()
     if not named:
         raise self.wrong(
@@ -284,9 +301,15 @@ def _positives(table, at, n, classes, separator) -> tuple:  # class names, (n, C
     return known, observed, truth
 
 # %% ../nbs/23_sheets.ipynb #aeec83b5
+def _left(table) -> list:  # positions
+    "Columns that are neither image, label nor split, nor ignored."
+    taken = {table.image, table.label, table.split, *table.ignored}
+    return [i for i in range(len(table.names)) if i not in taken]
+
+
 def _row_values(table) -> list:  # 1, 0 or -1 a row
     "Whether a row says that its label is there: 1 without such a column; other columns are ignored, and named."
-    left = [i for i in range(len(table.names)) if i not in (table.image, table.label, table.split, *table.ignored)]
+    left = _left(table)
     says = [i for i in left if all(_value(c) in (0, 1, -1) for c in table.column(i)) and table.rows]
     named = [i for i in says if _plain(table.names[i]) in _POLARITY.split()]
     for i in set(says) - set(named):
@@ -303,9 +326,10 @@ def _row_values(table) -> list:  # 1, 0 or -1 a row
 # %% ../nbs/23_sheets.ipynb #7982d165
 def _class_columns(table, classes) -> list:  # positions
     "The columns of classes; those without a single label are something else."
-    left = [i for i in range(len(table.names)) if i not in (table.image, table.label, table.split, *table.ignored)]
+    left = _left(table)
     if classes is not None:
-        odd = [c for c in classes if c not in [table.names[i] for i in left]]
+        there = {table.names[i] for i in left}
+        odd = [c for c in classes if c not in there]
         if odd:
             raise AevlpError(f"{table.path}: class {odd[0]!r} is no column")
         extra = [
@@ -317,19 +341,16 @@ def _class_columns(table, classes) -> list:  # positions
             raise AevlpError(f"{table.path}: class {extra[0]!r} is a column, but not a known class")
         return [table.names.index(c) for c in classes]
 
-    def says(i):  # some 0 or 1, or nothing at all
-        values = {_value(c) for c in table.column(i)}
-        return bool(values & {0, 1, -1}) or values <= {None}
-
-    found = [i for i in left if says(i)]
-    table.ignored += [i for i in left if i not in found]
+    values = {i: {_value(c) for c in table.column(i)} for i in left}
+    found = [i for i in left if values[i] & {0, 1, -1} or values[i] <= {None}]  # some 0 or 1, or nothing at all
+    table.ignored += sorted(set(left) - set(found))
     if not found:
         raise table.wrong("no labels; add a column 'label', or one column of 0/1 per class")
-    names = [table.names[i] for i in found]
-    for name in names:
+    names = Counter(table.names[i] for i in found)
+    for name, count in names.items():
         if wrong := wrong_name(name):
             raise table.wrong(wrong)
-        if names.count(name) > 1:
+        if count > 1:
             raise table.wrong(f"column {name!r} occurs twice")
     return found
 

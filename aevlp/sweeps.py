@@ -116,10 +116,15 @@ def _place(spec, where, root, csv, separator, reviewed) -> dict:
 MOST_RUNS = 100_000  # of a sweep
 
 
-def _grid(where, overrides, seeds) -> list:
-    "An override that is a list gives one run for each of its values."
-    if (runs := math.prod(len(v) for v in overrides.values() if isinstance(v, list)) * len(seeds)) > MOST_RUNS:
+def _refuse_too_many(where, grids, seeds, places):
+    "A sweep is counted before any of its runs is planned."
+    runs = sum(math.prod(len(v) for v in grid.values() if isinstance(v, list)) for grid in grids) * seeds * places
+    if runs > MOST_RUNS:
         raise AevlpError(f"sweep {where} holds {runs:.3g} runs, more than {MOST_RUNS}; make its grid smaller")
+
+
+def _grid(overrides) -> list:
+    "An override that is a list gives one run for each of its values."
     pairs = [[(k, v) for v in (values if isinstance(values, list) else [values])] for k, values in overrides.items()]
     return [dict(combination) for combination in itertools.product(*pairs)]
 
@@ -165,16 +170,18 @@ def expand(
     dataset = dataset or (datasets.resolve(None, root, csv) if root or csv else None)
     seeds = spec["seeds"] if seeds is None else seeds
     lines = spec.get("rows") or [{"method": m} for m in spec["methods"]]
-    for where in [dataset] if dataset else spec["datasets"]:
+    places = [dataset] if dataset else spec["datasets"]
+    for where in places:
         place = _place(spec, where, root, csv, separator, reviewed)
         name = place["dataset"]
         common = (spec.get("overrides") or {}) | ((spec.get("per_dataset") or {}).get(name) or {})
         grids = [common | (row.get("overrides") or {}) for row in lines]
+        _refuse_too_many(spec["name"], grids, len(seeds), len(places))
         shared = _shared(grids)
         for row, grid in zip(lines, grids, strict=True):
             if name not in (row.get("only") or [name]) or name in (row.get("without") or []):
                 continue
-            for values in _grid(spec["name"], grid, seeds):
+            for values in _grid(grid):
                 planned += _planned(row, values, shared, place, seeds, overrides)
     if not planned:
         raise AevlpError(f"sweep {spec['name']} holds no run for these data sets")

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
 
-from .data import AevlpError, LabelledImages, progress
+from .data import AevlpError, LabelledImages, progress, regular
 from .own import _SPLITS, _drawn, _Finder, _Folder, _own, _report, _text, _with_val, is_picture, tidy, wrong_name
 
 # %% ../nbs/24_trees.ipynb #2956f052
@@ -81,7 +81,7 @@ def _categories(path) -> list | None:
     import mmap
 
     try:
-        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        with open(regular(path), "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             at = max(data.rfind(b'"categories"'), 0)
             end = at + 12 if at else len(data)
             text = data[end : end + 2_000_000].decode("utf-8", "replace").lstrip(" \t\r\n:")
@@ -157,7 +157,7 @@ def _annotation(self: _Coco, n, entry) -> tuple:  # image id, category id, squar
     area, box = entry.get("area"), entry.get("bbox")
     try:
         area = float(area if area is not None else float(box[2]) * float(box[3]))
-    except (TypeError, ValueError, IndexError, KeyError):
+    except (TypeError, ValueError, IndexError, KeyError, OverflowError):
         area = np.nan  # needed for observation=size only, which says so
     return *ids, area
 
@@ -246,7 +246,7 @@ def voc_base(
 def _voc_xml(path, problems) -> tuple:  # file name, class names
     "The picture and the classes of one annotation."
     try:
-        tree = ElementTree.fromstring(path.read_bytes())
+        tree = ElementTree.fromstring(regular(path).read_bytes())
     except (OSError, ElementTree.ParseError) as e:
         problems.append(f"{path.name} is not XML ({e})")
         return path.stem, []

@@ -209,6 +209,34 @@ def test_a_broken_manifest_is_named(tmp_path, full):
             read()
 
 
+BROKEN = {
+    "a list": "[]",
+    "a number": "7",
+    "nesting": "[" * 100_000,
+    "no key": "{}",
+    "a key": '{"key": [], "images": 1}',
+}
+
+
+@pytest.mark.parametrize("what", [*BROKEN, "a pipe"])
+def test_a_broken_bank_is_named_and_can_be_removed(tmp_path, full, what):
+    other = open_bank(tmp_path, seed=1)
+    for path in (full.folder / "manifest.json", full.folder / "epoch_001.json"):
+        path.unlink(missing_ok=True)
+        path.write_text(BROKEN[what]) if what in BROKEN else os.mkfifo(path)
+    (full.folder / "epoch_one.f16").touch()
+    (full.folder / "epoch_002.f16").symlink_to("nowhere")
+    for use in (lambda: open_bank(tmp_path), lambda: banks(tmp_path)):
+        with pytest.raises(AevlpError, match="manifest.json: .*remove the folder"):
+            use()
+    assert verify(full.folder.name, tmp_path).to_dict("records") == [dict(epoch=1, state="damaged")]
+    remove(full.folder.name, tmp_path)
+    assert not full.folder.exists() and banks(tmp_path).name.tolist() == [other.folder.name]
+    (tmp_path / "manifest.json").write_text("{}")
+    with pytest.raises(AevlpError, match="No CLIP bank"):
+        remove("..", other.folder)
+
+
 def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path, full, monkeypatch):
     def no_room(*args):
         raise OSError(28, "No space left on device")

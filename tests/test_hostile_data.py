@@ -1,10 +1,12 @@
 """Broken and hostile files: whatever a reader is given, it answers with a data set or with one AevlpError."""
 
 import io
+import json
 import os
 import struct
 import subprocess
 import sys
+import time
 import zlib
 
 import numpy as np
@@ -14,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import aevlp.data
-from aevlp.data import AevlpError, LabelledImages, decode, decoded_bytes
+from aevlp.data import AevlpError, LabelledImages, decode, decoded_bytes, made_here
 from aevlp.datasets import load
 
 RNG = np.random.default_rng(0)
@@ -174,6 +176,40 @@ def test_what_would_take_too_much_time_is_refused_before_decoding(tmp_path, name
     (tmp_path / name).write_bytes(data + b"\0" * 1024)
     with pytest.raises(AevlpError, match=f"{name}.*{says}"):
         decode(tmp_path / name)
+
+
+def with_chunks(kind, data, count):
+    """The scene as a PNG with many more chunks."""
+    chunk = struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    return WHOLE["png"][:33] + chunk * count + WHOLE["png"][33:]
+
+
+def with_segments(marker, data, count):
+    """The scene as a JPEG with many more segments."""
+    return WHOLE["jpg"][:2] + (marker + struct.pack(">H", len(data) + 2) + data) * count + WHOLE["jpg"][2:]
+
+
+AROUND = {
+    "padding.jpg": lambda n: WHOLE["jpg"][:2] + b"\xff" * (n * 1000) + WHOLE["jpg"][2:],
+    "exif.jpg": lambda n: with_segments(b"\xff\xe1", b"Exif\0\0" + b"z" * 65_000, n),
+    "comments.jpg": lambda n: with_segments(b"\xff\xfe", b"z", n * 1000),
+    "chunks.png": lambda n: with_chunks(b"prVt", b"", n * 1000),
+    "comment.gif": lambda n: WHOLE["gif"].replace(b",\0\0\0\0", b"!\xfe" + b"\1c" * (n * 1000) + b"\0,\0\0\0\0", 1),
+    "spaces.ppm": lambda n: b"P6" + b" " * (n * 1000) + WHOLE["ppm"][2:],
+}
+
+
+@pytest.mark.parametrize("name", AROUND)
+def test_what_lies_around_a_picture_takes_no_minutes(tmp_path, name):
+    """Millions of bytes or parts before the pixels are refused, a few are read."""
+    path = tmp_path / name
+    path.write_bytes(AROUND[name](3))
+    assert decode(path).shape == (36, 48, 3)
+    path.write_bytes(AROUND[name](400))
+    began = time.process_time()
+    with pytest.raises(AevlpError, match=f"{name}: .*(too much lies around its pixels|header)"):
+        decode(path)
+    assert made_here(path) is False and time.process_time() - began < 3
 
 
 def test_a_jpeg_of_few_scans_is_read(tmp_path):
@@ -422,6 +458,45 @@ def test_nearly_good_tables(folder, order, labels, splits):
 @example(b"", b"\xff\xfei\0m\0")
 def test_tables_of_any_bytes(folder, start, rest):
     table_or_error(folder, start + rest)
+
+
+@pytest.mark.parametrize("cell", ["['\\x','\\N{foo}']", "['a\0']", "['\\ud800']", "[" * 3000, "['" + "\\" * 5000])
+def test_a_list_that_python_cannot_read_is_text(folder, cell):
+    table_or_error(folder, "image\tlabel\n" + "".join(f"{i}.png\t{cell}\n" for i in range(8)))
+
+
+def test_a_table_of_too_many_columns_or_of_one_line_is_refused_at_once(folder):
+    began = time.process_time()
+    for text, says in (
+        ("image" + ",c" * 100_000, "100,001 columns, more than 100,000"),
+        ("image,label\n0.png," + ",a" * 2_500_000, "line 2: more than 4,194,304 characters in one line"),
+        ("image," + "c," * 99_998 + "c\n0.png" + ",1" * 99_999, "column 'c' occurs twice"),
+        ("image" + "," * 99_999 + "\n0.png" + "," * 99_999, "no labels|no column"),
+    ):
+        with pytest.raises(AevlpError, match=says):
+            read(folder, text)
+    assert time.process_time() - began < 10
+
+
+def test_areas_that_are_no_numbers_are_unknown(folder):
+    things = dict(
+        images=[dict(id=i, file_name=f"{i}.png") for i in range(8)],
+        annotations=[dict(image_id=i, category_id=i % 2, area=10**400) for i in range(8)],
+        categories=[dict(id=0, name="a"), dict(id=1, name="b")],
+    )
+    (folder / "things.json").write_text(json.dumps(things))
+    data = load("own-coco", folder, csv=folder / "things.json")
+    assert data.truth[:, 0].tolist() == [1, 0] * 4 and "object_area" not in data.extra
+
+
+def test_a_pipe_at_the_name_of_a_table_is_refused(folder):
+    for name, kind in (("p.csv", "csv"), ("p.json", "own-coco")):
+        os.mkfifo(folder / name)
+        try:
+            with pytest.raises(AevlpError, match="it is a pipe or a device, not a file"):
+                load(kind, folder, csv=folder / name)
+        finally:
+            (folder / name).unlink()
 
 
 # --- label matrices

@@ -13,11 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from fake_run import alive, begun, fake_notebook, states
 from safetensors.torch import save
 from test_runs import finished
 
-from aevlp import board, checkpoints, cli, evidence, models, recipes, runner, runs, sweeps
+from aevlp import board, checkpoints, cli, evidence, models, outcome, recipes, runner, runs, sweeps
 from aevlp.data import AevlpError, replacing, write_json
 
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
@@ -55,8 +56,6 @@ def test_hostile_yaml_is_refused_within_a_second(tmp_path, monkeypatch, what):
 
 
 def test_yaml_means_what_it_meant(tmp_path):
-    import yaml
-
     text = """base: &base {lr: 1.0e-4, epochs: 3, name: "3", on: yes, none: ~, when: 2020-01-01}
 more: {<<: *base, epochs: 4}
 list: [*base, 'a b', 0x10, 1e-4, .inf, !!str 7]
@@ -82,12 +81,27 @@ def test_a_grid_of_a_billion_runs_is_refused_at_once():
     assert time.process_time() - began < 1
 
 
+def test_all_rows_and_data_sets_of_a_sweep_are_counted_before_any_is_planned():
+    grid = {"method": "an", "overrides": {"lr": list(range(100)), "eta": list(range(100))}}
+    for spec in ({"rows": [grid] * 11}, {"rows": [grid], "datasets": ["glyphs"] * 11}):
+        began = time.process_time()
+        with pytest.raises(AevlpError, match="1.1e.05 runs, more than 100000"):
+            sweeps.expand(spec)
+        assert time.process_time() - began < 1
+
+
+@pytest.mark.parametrize("seed", [2**31, 10**400, -1, 1.5, True, "a", None, [0]])
+def test_a_seed_that_nothing_can_be_drawn_by_is_refused(seed):
+    with pytest.raises(AevlpError, match="seed=.* should be a whole number from 0"):
+        sweeps.expand({"methods": ["an"], "seeds": [seed]})
+
+
 # --- run folders
 
 
-def change(folder, **params):
+def change(folder, /, raw="", **params):
     found = runs.read_params(folder)
-    (folder / "params.yaml").write_text(json.dumps(found | params))
+    (folder / "params.yaml").write_text(yaml.safe_dump(found | params) + raw + "\n")
 
 
 STRANGE = {
@@ -96,6 +110,16 @@ STRANGE = {
     "metrics.json nests": lambda f: (f / "metrics.json").write_text("[" * 100_000),
     "metrics.json is large": lambda f: (f / "metrics.json").write_text('{"a": 1}' + " " * 2**23),
     "metrics.json is a pipe": lambda f: ((f / "metrics.json").unlink(), os.mkfifo(f / "metrics.json")),
+    "a number of 5,000 digits": lambda f: (f / "metrics.json").write_text('{"test_map": ' + "9" * 5000 + "}"),
+    "a number of 400 digits": lambda f: (f / "metrics.json").write_text('{"test_map": ' + "9" * 400 + "}"),
+    "half a character": lambda f: (f / "metrics.json").write_text('{"device": "\\ud800"}'),
+    "a split is a number": lambda f: (f / "metrics.json").write_text('{"test": {"map": 5}, "val": {"map": null}}'),
+    "a split has two numbers": lambda f: (f / "metrics.json").write_text('{"test": {"auc_observed": [1, 2]}}'),
+    "the content is a date": lambda f: change(f, content="2020-01-01", raw="content: 2020-01-01"),
+    "an override is a date": lambda f: change(f, raw="overrides: {lr: 2020-01-01}"),
+    "overrides of two kinds of name": lambda f: change(f, raw="overrides: {1: 2, a: 3}"),
+    "a parameter without a name": lambda f: change(f, raw="~: 2"),
+    "a parameter called 5": lambda f: change(f, raw="5: 2"),
     "test_map is text": lambda f: (f / "metrics.json").write_text('{"test_map": "high"}'),
     "status.json is a list": lambda f: (f / "status.json").write_text("[]"),
     "params.yaml is a list": lambda f: (f / "params.yaml").write_text("[]"),
@@ -134,6 +158,54 @@ def test_a_strange_run_folder_hides_no_other(tmp_path, monkeypatch, capsys, what
             cli.main(arguments)
         assert not end.value.code, capsys.readouterr().err
     assert "61.25" in capsys.readouterr().out
+
+
+def test_what_a_file_calls_as_the_table_does_changes_nothing_in_it(tmp_path):
+    """Not the name, folder or state of the run, and not its method."""
+    good, odd = finished(tmp_path), finished(tmp_path, method="an")
+    ours = dict(run="x", state="new", key="k", folder="/", wall=-1, ended="y", error="z", method="gr", dataset="d")
+    (odd / "metrics.json").write_text(json.dumps({"test_map": 7.0} | ours))
+    change(odd, **{k: v for k, v in ours.items() if k not in ("method", "dataset")})
+    found = runs.read_params(odd)
+    change(odd, recipe=found["recipe"] | dict(run="x", state="y", method="gr", test_map=3.0))
+    row = board.frame(tmp_path).set_index("run").loc[odd.name]
+    assert row[["state", "folder", "method", "dataset", "wall"]].tolist() == ["done", str(odd), "an", "glyphs", 10.0]
+    assert board.frame(tmp_path).set_index("run").loc[good.name, "test_map"] == 60
+
+
+@pytest.mark.parametrize("name", ["history.csv", "predictions.npz", "best.safetensors", "run.json", "thresholds.json"])
+def test_a_pipe_at_the_name_of_a_file_ends_no_command_in_waiting(tmp_path, name):
+    folder = weights(finished(tmp_path))
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    (folder / "last/epoch-1").mkdir(parents=True)
+    os.mkfifo(folder / "last/epoch-1/manifest.json")
+    script = f"""import sys
+from aevlp import board, checkpoints, cli
+board.epoch_of({str(folder)!r}, 3)
+assert checkpoints.load_checkpoint({str(folder / "last")!r}) is None
+for command in ("report", "card"):
+    try:
+        cli.main([command, {str(folder)!r}, "--out", {str(tmp_path / "page.html")!r}])
+    except SystemExit as end:
+        assert end.code in (0, None, 2), end.code
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0 and "AEVLP_DEBUG" not in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("text", ['{"state.pt": 1}', "[1]", "7", "null", '["state.pt"]', "[" * 100_000])
+def test_a_torn_manifest_of_a_checkpoint_is_no_checkpoint(tmp_path, text):
+    (tmp_path / "epoch-1").mkdir()
+    (tmp_path / "epoch-1/manifest.json").write_text(text)
+    (tmp_path / "epoch-1/state.pt").write_bytes(b"x")
+    assert checkpoints.load_checkpoint(tmp_path) is None
+
+
+def test_what_is_written_replaces_no_pipe_and_reads_none(tmp_path):
+    os.mkfifo(tmp_path / "page.html")
+    with pytest.raises(AevlpError, match="was not made by this command"):
+        outcome.keep_foreign(tmp_path / "page.html", outcome.is_page)
 
 
 def test_a_run_folder_that_is_a_pipe_or_goes_away_hides_no_other(tmp_path, monkeypatch):
