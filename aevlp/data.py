@@ -273,7 +273,7 @@ _SCANS = 600_000_000  # pixels times scans of a progressive JPEG
 _IN_PYTHON = {"ppm", "ppm_plain", "bmp_rle"}  # decoders of Pillow that are loops of Python
 
 
-_PATIENCE = 2**24  # bytes that are read in pieces before a picture begins; of a piece, and of all later ones, 64 at least
+_PATIENCE = 2**24  # bytes read in pieces before a picture begins; a piece, and all later ones, count 64 at least
 
 # %% ../nbs/03_data.ipynb #9b2232c2
 class _Patient(io.BufferedReader):
