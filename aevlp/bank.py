@@ -50,6 +50,16 @@ def _sha256(path):
     with open(regular(path), "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
+
+def _epoch(path):
+    return int(path.stem.removeprefix("epoch_"))
+
+
+def _epochs(folder, suffix="f16"):
+    "The files of epochs; one that somebody put there under another name is none."
+    found = folder.glob(f"epoch_*.{suffix}")
+    return sorted(p for p in found if p.is_file() and p.stem.removeprefix("epoch_").isdecimal())
+
 # %% ../nbs/07_bank.ipynb #d6d223ee
 class Bank:
     "Embeddings of the views of a split, one file an epoch; epoch 0 is that of the evaluation views."
@@ -224,16 +234,6 @@ def _folder(name, root):
             f"No CLIP bank is called '{name}' in {folder.parent}: `aevlp bank ls` lists those that are there."
         )
     return folder
-
-
-def _epoch(path):
-    return int(path.stem.removeprefix("epoch_"))
-
-
-def _epochs(folder, suffix="f16"):
-    "The files of epochs; one that somebody put there under another name is none."
-    found = folder.glob(f"epoch_*.{suffix}")
-    return sorted(p for p in found if p.is_file() and p.stem.removeprefix("epoch_").isdecimal())
 
 
 def banks(root=None) -> pd.DataFrame:
