@@ -19,7 +19,7 @@ import torch
 from fastcore.basics import patch
 from filelock import FileLock
 
-from .data import AevlpError, fresh, home, regular, write_json
+from .data import AevlpError, digest, fresh, home, regular, write_json
 
 # %% ../nbs/07_bank.ipynb #dff25a35
 def banks_root() -> Path:
@@ -44,11 +44,6 @@ def _manifest(folder):
     if not isinstance(found["key"], dict):
         raise AevlpError(f"{path}: does not say what the bank is of; remove the folder {folder}.")
     return found
-
-
-def _sha256(path):
-    with open(regular(path), "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def _epoch(path):
@@ -163,7 +158,7 @@ def _check(self: Bank, epoch, rows, done):
     "The files have their sizes, and a complete one its hash."
     seal = self._file(epoch, "json")
     fits = rows.exists() and rows.stat().st_size == self.bytes and done.stat().st_size == self.shape[0]
-    if not fits or seal.exists() and _read_json(seal, "sha256")["sha256"] != _sha256(rows):
+    if not fits or seal.exists() and _read_json(seal, "sha256")["sha256"] != digest(rows):
         raise AevlpError(
             f"{rows} is damaged: it is not what was written; `aevlp bank rm {self.folder.name}` makes room for a new "
             "one."
@@ -219,7 +214,7 @@ def complete(self: Bank, epoch: int) -> bool:
 def _seal(self: Bank, epoch):
     self._open[epoch][1].flush()
     if not self._file(epoch, "json").exists():
-        write_json(self._file(epoch, "json"), dict(sha256=_sha256(self._file(epoch, "f16")), bytes=self.bytes))
+        write_json(self._file(epoch, "json"), dict(sha256=digest(self._file(epoch, "f16")), bytes=self.bytes))
 
 
 @patch
@@ -263,7 +258,7 @@ def verify(name: str, root=None) -> pd.DataFrame:
         seal, state = path.with_suffix(".json"), "partial"
         if seal.exists():
             try:
-                state = "complete" if _read_json(seal, "sha256")["sha256"] == _sha256(path) else "damaged"
+                state = "complete" if _read_json(seal, "sha256")["sha256"] == digest(path) else "damaged"
             except AevlpError:
                 state = "damaged"
         rows.append(dict(epoch=_epoch(path), state=state))

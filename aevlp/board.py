@@ -16,7 +16,7 @@ import pandas as pd
 from fastcore.basics import patch
 
 from . import datasets, metrics, outcome, recipes, registry
-from .data import AevlpError, nearest, regular
+from .data import AevlpError, nearest
 from .runs import STATES, folders, json_or_empty, read_params, run_key, run_name, status
 
 # %% ../nbs/29_board.ipynb #46d89dbf
@@ -25,11 +25,7 @@ def epoch_of(
     epochs: int,  # of its recipe
 ) -> tuple:  # number, text or None, number or None
     "How far a run is, from its history: epochs done, what validation says, seconds left."
-    try:
-        history = pd.read_csv(regular(Path(folder) / "history.csv"))
-    except (OSError, ValueError):  # not there yet, or torn
-        return 0, None, None
-    history = history.apply(pd.to_numeric, errors="coerce")
+    history = outcome.history(folder)
     if history.empty or "seconds" not in history or history["seconds"].isna().all():
         return len(history), None, None
     last, said = history.iloc[-1], None
@@ -163,16 +159,18 @@ def live(self: Board, show=True):
         yield self
 
 # %% ../nbs/29_board.ipynb #2425cb7d
-def _measured(path) -> dict:
+def _measured(folder) -> dict:
     "The numbers of a run's metrics, values without their intervals."
-    found = outcome.metrics(path.parent)
+    found = outcome.metrics(folder)
     measured = {k: v for k, v in found.items() if not isinstance(v, (dict, list))}
     for split in ("test", "val"):
         given = (found.get(split) or {}).items()
         measured |= {f"{split}_{k}": v[0] if v else None for k, v in given if k in metrics.MEASURES and k != "map"}
     numbers = [k for k in measured if k.startswith(("test_", "val_"))]
     if odd := [k for k in numbers if not isinstance(measured[k], (int, float, type(None)))]:
-        raise AevlpError(f"{path}: {odd[0]} should be a number; remove the file, and train the run again")
+        raise AevlpError(
+            f"{folder / 'metrics.json'}: {odd[0]} should be a number; remove the file, and train the run again"
+        )
     return measured
 
 
@@ -190,7 +188,7 @@ def _row(folder) -> dict:
     measured, said, error = {}, status(folder), json_or_empty(folder / "error.json").get("error")
     try:
         outcome.read_json(folder / "status.json")
-        measured = _measured(folder / "metrics.json")
+        measured = _measured(folder)
     except AevlpError as e:
         measured, said, error = {}, said | {"state": "unreadable"}, str(e)
     observation = params.get("observation")

@@ -6,7 +6,6 @@
 __all__ = ['SECONDS_BETWEEN', 'save_checkpoint', 'load_checkpoint', 'refuse_other', 'Resume']
 
 # %% ../nbs/17_checkpoints.ipynb #788f39c3
-import hashlib
 import json
 import os
 import pickle
@@ -19,7 +18,7 @@ import torch
 from fastcore.basics import patch
 from safetensors.torch import load_file
 
-from .data import AevlpError, regular, replacing, sync, write_json
+from .data import AevlpError, digest, regular, replacing, sync, write_json
 from .models import FROZEN
 
 # %% ../nbs/17_checkpoints.ipynb #bd603237
@@ -41,11 +40,6 @@ def _unpacked(tree):
     return [_unpacked(v) for v in tree] if isinstance(tree, list) else tree
 
 # %% ../nbs/17_checkpoints.ipynb #c44403bc
-def _digest(path):
-    with open(regular(path), "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _link(source, target):
     "A second name for the file, or a copy where the file system has no hard links."
     try:
@@ -71,7 +65,7 @@ def save_checkpoint(
         torch.save(_packed(state), file)
     if best is not None:
         _link(best, temporary / "best.safetensors")
-    write_json(temporary / "manifest.json", {p.name: _digest(p) for p in sorted(temporary.iterdir())})
+    write_json(temporary / "manifest.json", {p.name: digest(p) for p in sorted(temporary.iterdir())})
     shutil.rmtree(folder / name, ignore_errors=True)  # a torn one of an earlier attempt
     os.rename(temporary, folder / name)
     sync(folder)
@@ -95,7 +89,7 @@ def _whole(path):
     "Whether a checkpoint is as it was written."
     try:
         manifest = json.loads(regular(path / "manifest.json").read_text())
-        return "state.pt" in manifest and all(_digest(path / name) == digest for name, digest in manifest.items())
+        return "state.pt" in manifest and all(digest(path / name) == said for name, said in manifest.items())
     except (OSError, ValueError, AttributeError, TypeError, RecursionError):
         return False
 

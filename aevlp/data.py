@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FORMATS', 'MAX_PIXELS', 'MAX_BYTES', 'SMALL_PIXELS', 'OBSERVATIONS', 'PORTABLE', 'AevlpError', 'AevlpWarning',
-           'progress', 'nearest', 'sync', 'regular', 'fresh', 'replacing', 'write_text', 'write_json', 'home',
+           'progress', 'nearest', 'sync', 'regular', 'digest', 'fresh', 'replacing', 'write_text', 'write_json', 'home',
            'open_clip_file', 'shipped', 'made_here', 'decode', 'decoded_bytes', 'labels_of', 'LabelledImages',
            'sample_single_positives', 'train_val_split', 'observe', 'arithmetic', 'threads', 'in_threads', 'Images',
            'image_loader', 'epoch_order']
@@ -150,9 +150,18 @@ def regular(
 ) -> Path:
     "The path; a pipe or a device there, which may never end, is an `OSError` at once."
     path = Path(path)
-    if path.exists() and not (path.is_file() or path.is_dir()):
+    if not path.is_file() and path.exists() and not path.is_dir():
         raise OSError(errno.EINVAL, "it is a pipe or a device, not a file", str(path))
     return path
+
+
+def digest(
+    path,  # of a file
+    kind: str = "sha256",  # of hashlib
+) -> str:  # hexadecimal
+    "What is told from other files by its bytes."
+    with open(regular(path), "rb") as file:
+        return hashlib.file_digest(file, kind).hexdigest()
 
 
 def fresh(

@@ -7,7 +7,6 @@ __all__ = ['READERS', 'OWN', 'ARCHIVES', 'class_names', 'names', 'resolve', 'loa
 
 # %% ../nbs/26_datasets.ipynb #f4969940
 import difflib
-import hashlib
 import http.client
 import json
 import os
@@ -30,6 +29,7 @@ from . import checks, sheets, trees
 from aevlp.data import (
     AevlpError,
     LabelledImages,
+    digest,
     home,
     labels_of,
     observe,
@@ -680,9 +680,7 @@ def _verify(archive, part):
     "Compare with the known checksum; a wrong file is deleted."
     if archive.checksum:
         kind, _, wanted = archive.checksum.partition(":")
-        with open(part, "rb") as f:
-            found = hashlib.file_digest(f, kind).hexdigest()
-        if found != wanted:
+        if (found := digest(part, kind)) != wanted:
             part.unlink()
             raise AevlpError(f"{archive.url}: {kind} {found} instead of {wanted}; the file was deleted, run it again")
 

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['ENOUGH', 'GENERATOR', 'read_json', 'best_f1_threshold', 'given_threshold', 'class_thresholds', 'common_folder',
-           'write', 'describe', 'about', 'metrics', 'Scored', 'scored', 'thresholds', 'is_page', 'keep_foreign']
+           'write', 'describe', 'about', 'metrics', 'history', 'Scored', 'scored', 'thresholds', 'is_page',
+           'keep_foreign']
 
 # %% ../nbs/16_outcome.ipynb #921180b5
 import json
@@ -226,6 +227,18 @@ def metrics(
         if not all(value is None or isinstance(value, (int, float)) for value in values):
             raise AevlpError(f"{path}: {name} should be a number; put it right, or remove the file")
     return found
+
+
+def history(
+    run_dir,  # of a run
+):  # a DataFrame of numbers, a row an epoch; empty where nothing is written yet, or the file is torn
+    "What `history.csv` says."
+    import pandas as pd
+
+    try:
+        return pd.read_csv(regular(Path(run_dir) / "history.csv")).apply(pd.to_numeric, errors="coerce")
+    except (OSError, ValueError):
+        return pd.DataFrame()
 
 # %% ../nbs/16_outcome.ipynb #375d6ef9
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from . import datasets, deploy, outcome, plots, results, runs
-from .data import AevlpError, decode, made_here, regular, write_text
+from .data import AevlpError, decode, made_here, write_text
 from .metrics import ASSUMPTION, MEASURES, headline, map_interval, mean_average_precision
 from .scorers import logit
 
@@ -34,10 +34,7 @@ def facts(
     run = runs.find(run, folder)
     metrics, params, said = deploy.metrics_of(run), runs.read_params(run), deploy.about(run)
     names = said["class_names"]
-    try:
-        history = pd.read_csv(regular(run / "history.csv")).apply(pd.to_numeric, errors="coerce")
-    except (OSError, ValueError):  # not there, or torn
-        history = pd.DataFrame()
+    history = outcome.history(run)
     history = history if "epoch" in history else pd.DataFrame(columns=["epoch"])
     split = "test" if outcome.scored(run) is not None else "val"
     scored = outcome.scored(run, split)

@@ -11,10 +11,9 @@ import html
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 from fastcore.basics import patch
 
-from . import draw, plots
+from . import draw, outcome, plots
 from .controls import TABS, Controls
 from .data import AevlpError, write_text
 from .review import Review, ReviewPage, names_of
@@ -275,10 +274,7 @@ def show_model(self: Tabs):
 
 @patch
 def _curves(self: Tabs):
-    try:
-        log = pd.read_csv(self.state.run / "history.csv")
-    except (FileNotFoundError, pd.errors.EmptyDataError):
-        log = pd.DataFrame()
+    log = outcome.history(self.state.run)
     shown = {
         "training loss": "loss",
         "validation mAP": "val_map",

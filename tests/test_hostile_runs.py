@@ -10,6 +10,7 @@ import tempfile
 import time
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from fake_run import alive, begun, fake_notebook, states
 from safetensors.torch import save
 from test_runs import finished
 
-from aevlp import board, checkpoints, cli, evidence, models, outcome, recipes, runner, runs, sweeps
+from aevlp import board, checkpoints, cli, draw, evidence, models, outcome, recipes, runner, runs, sweeps, tabs
 from aevlp.data import AevlpError, replacing, write_json
 
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
@@ -192,6 +193,16 @@ for command in ("report", "card"):
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=100)
     assert done.returncode == 0 and "AEVLP_DEBUG" not in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("text", [None, b"", b"epoch,loss\n1,2,3\n1,2,3,4,5\n", b"epoch,\xff\n1,2\n"])
+def test_a_history_that_is_a_pipe_or_torn_is_empty_for_all_who_read_it(tmp_path, text):
+    """The board, the report and the explorer's curves."""
+    path = tmp_path / "history.csv"
+    os.mkfifo(path) if text is None else path.write_bytes(text)
+    assert outcome.history(tmp_path).empty and board.epoch_of(tmp_path, 3) == (0, None, None)
+    curves = tabs.Tabs._curves(SimpleNamespace(state=SimpleNamespace(run=tmp_path)))
+    assert curves == draw.curve_html({})
 
 
 @pytest.mark.parametrize("text", ['{"state.pt": 1}', "[1]", "7", "null", '["state.pt"]', "[" * 100_000])
