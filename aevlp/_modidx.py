@@ -173,6 +173,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'aevlp.data._check_file': ('data.html#_check_file', 'aevlp/data.py'),
                             'aevlp.data._check_size': ('data.html#_check_size', 'aevlp/data.py'),
                             'aevlp.data._check_splits': ('data.html#_check_splits', 'aevlp/data.py'),
+                            'aevlp.data._check_tags': ('data.html#_check_tags', 'aevlp/data.py'),
                             'aevlp.data._checkout': ('data.html#_checkout', 'aevlp/data.py'),
                             'aevlp.data._collate': ('data.html#_collate', 'aevlp/data.py'),
                             'aevlp.data._content': ('data.html#_content', 'aevlp/data.py'),

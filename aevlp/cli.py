@@ -597,11 +597,15 @@ def _warn(message, category, filename, lineno, file=None, line=None):
     sys.stderr.write(shown)
 
 
-def _ended(*_):
-    "SIGTERM ends a command as Ctrl-C does: with what it started."
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+_ENDINGS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
+def _ended(number, _):
+    "SIGTERM, or a terminal that is closed, ends a command as Ctrl-C does: with what it started."
+    for ending in _ENDINGS:
+        signal.signal(ending, signal.SIG_IGN)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # a cell that is cut off is no news
-    raise SystemExit(128 + signal.SIGTERM)
+    raise SystemExit(128 + number)
 
 # %% ../nbs/46_cli.ipynb #d9e27dfb
 def main(
@@ -610,7 +614,10 @@ def main(
     "The console script."
     warnings.showwarning = _warn
     main_thread = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, _ended) if main_thread else None
+    before = {number: signal.getsignal(number) for number in _ENDINGS} if main_thread else {}
+    for number, handler in before.items():
+        if handler != signal.SIG_IGN:  # as under nohup
+            signal.signal(number, _ended)
     try:
         app(arguments)
     except BrokenPipeError:  # `aevlp results | head`
@@ -627,5 +634,5 @@ def main(
         typer.echo(f"aevlp: {type(e).__name__}: {' '.join(str(e).split())} (AEVLP_DEBUG=1 shows where)", err=True)
         sys.exit(1)
     finally:
-        if main_thread:
-            signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -284,21 +284,46 @@ _IN_PYTHON = {"ppm", "ppm_plain", "bmp_rle"}  # decoders of Pillow that are loop
 
 _PATIENCE = 2**24  # bytes read in pieces before a picture begins; a piece, and all later ones, count 64 at least
 
+
+_OFFSETS = {273, 324}  # tags of TIFF: where each strip or tile begins
+
+
+_AS_THEY_ARE = {1, 2, 7}  # types of TIFF's tags that Pillow does not take apart: bytes and text
+
 # %% ../nbs/03_data.ipynb #9b2232c2
 class _Patient(io.BufferedReader):
     "A picture file; padding, comments or millions of small parts that would be read for minutes are an error."
 
-    spent, opening = 0, True
+    spent, opening, long = 0, True, 16  # 1/16 of a long text or tag counts
 
     def __init__(self, path):
         super().__init__(io.FileIO(path))
 
     def read(self, size=-1):
         data = super().read(size)
+        if size is not None and size >= 2**20:
+            self.spent += len(data) // self.long
         self.spent += max(len(data), 64) if self.opening and len(data) < 2**20 else 64
         if self.spent > _PATIENCE:
             raise ValueError("too much lies around its pixels, or it is in too many parts; save it again")
         return data
+
+
+def _check_tags(file):
+    "Pillow makes a number of Python's of each that a TIFF's tag holds, a tile of each offset: millions are an error."
+    head = file.peek(16)[:16]
+    if head[:2] not in (b"II", b"MM") or head[2:4] not in (b"*\0", b"\0*", b"+\0", b"\0+"):
+        return
+    file.long = 24  # Pillow reads them three times
+    order, big = "<" if head[:2] == b"II" else ">", head[2] == 43  # as Pillow tells a BigTIFF
+    file.seek(struct.unpack_from(order + "Q" if big else order + "I", head, 8 if big else 4)[0])
+    (tags,) = struct.unpack(order + "Q" if big else order + "H", file.read(8 if big else 2))
+    entry = struct.Struct(order + "HHQ8x" if big else order + "HHI4x")
+    found = file.read(min(tags, 2**16) * entry.size)
+    for tag, kind, values in entry.iter_unpack(found[: len(found) // entry.size * entry.size]):
+        if values > 500_000 and (tag in _OFFSETS or kind not in _AS_THEY_ARE):
+            raise ValueError(f"its tag {tag} holds {values} values; save it again")
+    file.seek(0)
 
 
 def _orientation(im) -> int:
@@ -364,13 +389,15 @@ def _cost(im, side) -> int:  # bytes
 def _check_size(im, path, side):
     "What would take too much memory or time is refused before it is decoded."
     pixels, size = im.width * im.height, f"{im.width} x {im.height} pixels"
-    most = int(min(MAX_PIXELS, MAX_BYTES * pixels / _cost(im, side))) if pixels else MAX_PIXELS
+    lines = im.height * (12 if im.width < 4 else 8)  # Pillow's address of each, and what a short one is rounded up to
+    most = int(min(MAX_PIXELS, MAX_BYTES * pixels / (_cost(im, side) + lines))) if pixels else MAX_PIXELS
     if pixels > most:
         raise AevlpError(
             f"{path}: {size} are more than can be decoded of such a {im.format}; scale it down to {most // 10**6} "
             "megapixels"
         )
-    if pixels > SMALL_PIXELS and {tile[0] for tile in im.tile} & _IN_PYTHON:
+    slowly = {tile[0] for tile in im.tile} & _IN_PYTHON
+    if slowly and (pixels > SMALL_PIXELS or slowly == {"ppm_plain"} and Path(path).read_bytes().count(b"#") > 1000):
         raise AevlpError(f"{path}: {size} in a slow variant of {im.format}; save it as PNG")
     if "progressive" in im.info and pixels * Path(path).read_bytes().count(b"\xff\xda") > _SCANS:
         raise AevlpError(f"{path}: {size} in very many scans; save it as an ordinary JPEG")
@@ -422,10 +449,12 @@ def _one_large(process):  # a forked process does not wait for a thread of its p
 def _opened(path, side):
     "An image that Pillow opened and that may be decoded; what goes wrong is one sentence."
     try:
-        with _Patient(path) as file, Image.open(file, formats=FORMATS) as im:
-            file.opening = False
-            _check_size(im, path, side)
-            yield im
+        with _Patient(path) as file:
+            _check_tags(file)
+            with Image.open(file, formats=FORMATS) as im:
+                _check_size(im, path, side)
+                file.opening = False
+                yield im
     except AevlpError:
         raise
     except Image.UnidentifiedImageError:
@@ -552,24 +581,30 @@ _MAGIC = (
 )
 
 
-def _suspect(data: bytes) -> bool:
+def _suspect(data: bytes, size: int | None = None) -> bool:
     "Whether a file begins or ends otherwise than its format does: to be decoded before a training."
+    size = len(data) if size is None else size  # of the file; its first and last 64 bytes are enough
     if data[:2] == b"\xff\xd8":
         return b"\xff\xd9" not in data[-64:]
     if data[:4] == b"\x89PNG":
         return b"IEND" not in data[-64:]
     if data[:4] == b"RIFF" or data[:2] == b"BM":
         at = 4 if data[:1] == b"R" else 2
-        return len(data) < int.from_bytes(data[at : at + 4], "little")
+        return size < int.from_bytes(data[at : at + 4], "little")
     return not data.startswith(_MAGIC) and data[4:8] != b"ftyp"
 
 # %% ../nbs/03_data.ipynb #3205f23a
 def _content(path) -> bytes:  # 17 bytes: hash, and whether the file is suspect
     try:
-        data = regular(path).read_bytes()
+        with open(regular(path), "rb") as file:
+            digest, size = hashlib.file_digest(file, "sha256").digest(), file.tell()
+            file.seek(0)
+            ends = file.read(64)
+            file.seek(max(size - 64, len(ends)))
+            ends += file.read()
     except (OSError, ValueError):
         return bytes(16) + b"\1"  # what is wrong with it, the decoder says
-    return hashlib.sha256(data).digest()[:16] + bytes([_suspect(data)])
+    return digest[:16] + bytes([_suspect(ends, size)])
 
 
 def _contents(paths) -> np.ndarray:  # (N, 17) uint8

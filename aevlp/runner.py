@@ -137,7 +137,8 @@ def _engine() -> str:
             with scratch("aevlp-kernel-", _for_sockets()) as private:  # sockets that only this user can open
                 if len(os.fsencode(tempfile.gettempdir())) > _SOCKET:  # worker processes of torch need sockets as well
                     nb_man.environment = nb_man.environment | {"TMPDIR": str(private)}
-                sockets = Config({"KernelManager": {"transport": "ipc", "ip": f"{private}/kernel"}})
+                where = dict(transport="ipc", ip=f"{private}/kernel", connection_file=f"{private}/kernel.json")
+                sockets = Config({"KernelManager": where})
                 limits = dict(startup_timeout=300, iopub_timeout=120, log=logger)
                 kernel = dict(kernel_name=kernel_name, kernel_manager_class=manager, config=sockets)
                 try:

@@ -7,6 +7,7 @@ import struct
 import subprocess
 import sys
 import time
+import tracemalloc
 import zlib
 
 import numpy as np
@@ -148,6 +149,17 @@ def test_what_would_take_too_much_memory_is_refused_before_decoding(tmp_path, si
     assert decoded_bytes(path) == 3 * size[0] * size[1]
 
 
+@pytest.mark.parametrize("kind", [(8, GREY), (8, 2)])
+def test_a_strip_of_a_hundred_million_lines_is_refused(tmp_path, kind):
+    """Pillow keeps the address of each line: more than the pixels themselves take."""
+    path = tmp_path / "strip.png"
+    path.write_bytes(png_claiming(1, 99_999_999, *kind))
+    with pytest.raises(AevlpError, match="strip.png: .* more than can be decoded"):
+        decoded_bytes(path)
+    path.write_bytes(png_claiming(99_999_999, 1, 8, GREY))
+    assert decoded_bytes(path) == 3 * 99_999_999
+
+
 def claiming_jpeg(width, height, scans):
     """A progressive JPEG of a small scene that says it is larger, its last scan many times."""
     data = bytearray(saved("JPEG", progressive=True))
@@ -158,6 +170,7 @@ def claiming_jpeg(width, height, scans):
 
 
 SLOW = {
+    "comments.ppm": (b"P3 40 40 255\n" + b"#\n" * 5000 + b"7 " * 4800, "slow variant"),
     "scans.jpg": (claiming_jpeg(5000, 4000, 60), "very many scans"),
     "plain.ppm": (b"P3 2000 2000 255\n" + b"7 " * 100, "slow variant"),
     "deep.ppm": (b"P6 2000 2000 65535\n" + b"7 " * 100, "slow variant"),
@@ -189,12 +202,66 @@ def with_segments(marker, data, count):
     return WHOLE["jpg"][:2] + (marker + struct.pack(">H", len(data) + 2) + data) * count + WHOLE["jpg"][2:]
 
 
+def with_tag(tag, kind, count, order="<", big=False):
+    """A grey TIFF with a tag of so many values, which lie behind its pixels; to be made longer by them."""
+    head, number, at = (16, "Q", 400) if big else (8, "I", 200)
+    tags = [(256, 4, 1, 48), (257, 4, 1, 36), (258, 4, 1, 8), (259, 4, 1, 1), (262, 4, 1, 1), (273, 4, 1, at)]
+    tags += [(278, 4, 1, 36), (279, 4, 1, 48 * 36)]
+    tags = sorted([t for t in tags if t[0] != tag] + [(tag, kind, count, at + 48 * 36)])
+    data = b"".join(
+        struct.pack(f"{order}HH{number}", *entry[:3])
+        + struct.pack(order + ("I" if entry[2] == 1 else number), entry[3]).ljust(8 if big else 4, b"\0")
+        for entry in tags
+    )
+    version = struct.pack(order + "HHHQ", 43, 8, 0, head) if big else struct.pack(order + "HI", 42, head)
+    first = {"<": b"II", ">": b"MM"}[order] + version + struct.pack(order + ("Q" if big else "H"), len(tags)) + data
+    return first.ljust(at + 48 * 36, b"\0")
+
+
+def long_file(path, data, size):
+    """A file of so many bytes, zeros behind the data."""
+    path.write_bytes(data)
+    os.truncate(path, size)
+
+
+@pytest.mark.parametrize("order, big", [("<", False), (">", False), ("<", True)])
+def test_a_tiff_of_millions_of_values_is_refused(tmp_path, order, big):
+    """Pillow makes numbers and tiles of Python's out of them: minutes and gigabytes."""
+    path = tmp_path / "a.tif"
+    for tag, kind, count in [(324, 4, 600_000), (273, 1, 600_000), (258, 3, 600_000), (50_000, 5, 600_000)]:
+        long_file(path, with_tag(tag, kind, count, order, big), 6_000_000)
+        with pytest.raises(AevlpError, match=f"a.tif: .* tag {tag} holds 600000 values"):
+            decode(path)
+    for kind in (1, 3, 7):  # few numbers, many bytes
+        long_file(path, with_tag(50_000, kind, 400_000 if kind == 3 else 30_000_000, order, big), 31_000_000)
+        assert decode(path).shape == (36, 48, 3)
+
+
+def test_a_long_tag_or_text_is_not_read_to_its_end(tmp_path):
+    """Layers of 30 MB are ordinary, hundreds are refused; before the picture and after it."""
+    path = tmp_path / "a.tif"
+    tracemalloc.start()
+    long_file(path, with_tag(37_724, 7, 30_000_000), 31_000_000)
+    assert decode(path).shape == (36, 48, 3)
+    long_file(path, with_tag(37_724, 7, 2_000_000_000), 2_100_000_000)
+    with pytest.raises(AevlpError, match="a.tif: .*too much lies around its pixels"):
+        decode(path)
+    path, whole = tmp_path / "a.png", WHOLE["png"]
+    for at in (33, whole.rindex(b"IEND") - 4):
+        long_file(path, whole[:at] + struct.pack(">I", 2_000_000_000) + b"tEXtk\0", 2_100_000_000)
+        with pytest.raises(AevlpError, match="a.png: .*too much lies around its pixels"):
+            decode(path)
+    assert tracemalloc.get_traced_memory()[1] < 500e6
+    tracemalloc.stop()
+
+
 AROUND = {
     "padding.jpg": lambda n: WHOLE["jpg"][:2] + b"\xff" * (n * 1000) + WHOLE["jpg"][2:],
     "exif.jpg": lambda n: with_segments(b"\xff\xe1", b"Exif\0\0" + b"z" * 65_000, n),
     "comments.jpg": lambda n: with_segments(b"\xff\xfe", b"z", n * 1000),
     "chunks.png": lambda n: with_chunks(b"prVt", b"", n * 1000),
     "comment.gif": lambda n: WHOLE["gif"].replace(b",\0\0\0\0", b"!\xfe" + b"\1c" * (n * 1000) + b"\0,\0\0\0\0", 1),
+    "text.png": lambda n: with_chunks(b"tEXt", b"k\0" + b"x" * 50_000, n),
     "spaces.ppm": lambda n: b"P6" + b" " * (n * 1000) + WHOLE["ppm"][2:],
 }
 

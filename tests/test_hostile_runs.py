@@ -454,7 +454,7 @@ def test_a_disk_that_fills_during_a_sweep(tmp_path, small_disk, capfd):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["sweep TERM", "sweep INT INT", "train TERM", "train INT"])
+@pytest.mark.parametrize("how", ["sweep TERM", "sweep HUP", "sweep INT INT", "train TERM", "train HUP", "train INT"])
 def test_a_signal_ends_what_was_started(tmp_path, how):
     (command, *signals), notebook = how.split(), fake_notebook(tmp_path, pause=60)
     (tmp_path / "two.yaml").write_text(json.dumps({"methods": ["gr"], "seeds": [0, 1]}))
@@ -470,9 +470,10 @@ if __name__ == "__main__":
     arguments = (
         ["sweep", str(tmp_path / "two.yaml"), "--workers", "2"] if command == "sweep" else ["train", "--method", "gr"]
     )
-    process = subprocess.Popen(
-        [sys.executable, script, *arguments], stdout=-1, stderr=-2, text=True, start_new_session=True
-    )
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    known = dict(stdout=-1, stderr=-2, text=True, start_new_session=True, env=os.environ | {"TMPDIR": str(temporary)})
+    process = subprocess.Popen([sys.executable, script, *arguments], **known)
     try:
         wanted, end = (2 if command == "sweep" else 1), time.monotonic() + 200
         while len(begun(tmp_path)) < wanted and time.monotonic() < end and process.poll() is None:
@@ -481,16 +482,18 @@ if __name__ == "__main__":
             if name == "INT":
                 os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to the whole group
             else:
-                process.terminate()
+                process.send_signal(getattr(signal, f"SIG{name}"))
             time.sleep(1)
         printed = process.communicate(timeout=100)[0]
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == (143 if "TERM" in how else 130) and "Traceback" not in printed, printed
+    code = {"TERM": 143, "HUP": 129, "INT": 130}[signals[0]]
+    assert process.returncode == code and "Traceback" not in printed, printed
     assert [runs.status(tmp_path / name)["state"] for name in states(tmp_path)] == ["interrupted"] * wanted
     assert len(begun(tmp_path)) == wanted and not any(alive(p) for pids in begun(tmp_path).values() for p in pids)
     assert not list(tmp_path.glob(".sweep-*"))
+    assert not list(temporary.glob("*.json"))  # how to talk to a kernel
 
 
 @pytest.mark.slow
