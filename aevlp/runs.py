@@ -355,7 +355,11 @@ def read_yaml(
             data = file.read(_YAML_BYTES + 1)
         if len(data) > _YAML_BYTES:
             raise ValueError(f"it is larger than {_YAML_BYTES // 2**20} MB")
-        return _document(yaml.parse(data.decode(), Loader=_YAML))
+        loader = _YAML(data.decode())
+        try:
+            return _document(iter(loader.get_event, None))
+        finally:
+            loader.dispose()
     except (yaml.YAMLError, ValueError, TypeError, OSError) as e:  # TypeError: a key that is a list, a merge of no keys
         raise AevlpError(f"{path} is not plain YAML: {' '.join(str(e).split())}") from None
 
@@ -402,7 +406,8 @@ def read_params(
     odd += [
         k for k, v in recipe.items() if not isinstance(k, str) or type(v) not in (str, int, float, bool, type(None))
     ]
-    odd += [k for k, v in params.items() if not isinstance(k, str) or not _is_json(v)]
+    if not _is_json(params):
+        odd += [k for k, v in params.items() if not isinstance(k, str) or not _is_json(v)]
     if odd:
         raise AevlpError(
             f"{path} does not hold the parameters of a run: {reprlib.repr(odd[0])} is no such value; delete the folder"
