@@ -300,7 +300,7 @@ def _table_html(table) -> str:
 # %% ../nbs/32_results.ipynb #e1021918
 def _figures(table, past) -> list:
     "Learning curves by row, and the quality of pseudo-labels where there are any."
-    past = past.merge(table[["run", "label"]].dropna().drop_duplicates("run"), on="run")
+    past = past.merge(table[["run", "label"]].dropna().drop_duplicates("run").astype(object), on="run")
     parts = []
     if len(past) and {"loss", "val_map"} <= set(past) and past.loss.notna().any():
         parts.append(_picture(plots.learning_curves(past.assign(method=past.label)), "learning curves"))

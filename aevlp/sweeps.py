@@ -113,7 +113,7 @@ def _place(spec, where, root, csv, separator, reviewed) -> dict:
     return place
 
 
-MOST_RUNS = 100_000  # of a sweep
+MOST_RUNS = 10_000  # of a sweep
 
 
 def _refuse_too_many(where, grids, seeds, places):

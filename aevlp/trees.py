@@ -247,7 +247,7 @@ def _voc_xml(path, problems) -> tuple:  # file name, class names
     "The picture and the classes of one annotation."
     try:
         tree = ElementTree.fromstring(regular(path).read_bytes())
-    except (OSError, ElementTree.ParseError) as e:
+    except (OSError, ElementTree.ParseError, LookupError, ValueError) as e:  # the last two: an encoding nobody knows
         problems.append(f"{path.name} is not XML ({e})")
         return path.stem, []
     names = [tidy(thing.findtext("name") or "") for thing in tree.iter("object")]

@@ -77,7 +77,7 @@ def test_a_grid_of_a_billion_runs_is_refused_at_once():
         "overrides": {"lr": list(range(1000)), "eta": list(range(1000))},
     }
     began = time.process_time()
-    with pytest.raises(AevlpError, match="1e.09 runs, more than 100000"):
+    with pytest.raises(AevlpError, match="1e.09 runs, more than 10000"):
         sweeps.expand(spec)
     assert time.process_time() - began < 1
 
@@ -86,7 +86,7 @@ def test_all_rows_and_data_sets_of_a_sweep_are_counted_before_any_is_planned():
     grid = {"method": "an", "overrides": {"lr": list(range(100)), "eta": list(range(100))}}
     for spec in ({"rows": [grid] * 11}, {"rows": [grid], "datasets": ["glyphs"] * 11}):
         began = time.process_time()
-        with pytest.raises(AevlpError, match="1.1e.05 runs, more than 100000"):
+        with pytest.raises(AevlpError, match="1.1e.05 runs, more than 10000"):
             sweeps.expand(spec)
         assert time.process_time() - began < 1
 

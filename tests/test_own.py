@@ -264,6 +264,12 @@ def test_voc_of_own_classes(tmp_path):
         things = "".join(f"<object><name>{n}</name></object>" for n in (["bolt"], ["nut", "bolt"], [])[i % 3])
         (tmp_path / "Annotations").mkdir(exist_ok=True)
         (tmp_path / f"Annotations/{i}.xml").write_text(f"<annotation><filename>{i}.jpg</filename>{things}</annotation>")
+    whole = (tmp_path / "Annotations/0.xml").read_text()
+    for encoding in ("nobody-knows", "utf-7", "rot13"):
+        (tmp_path / "Annotations/0.xml").write_text(f"<?xml version='1.0' encoding='{encoding}'?>{whole}")
+        with pytest.raises(AevlpError, match="0.xml is not XML"):
+            load("voc", tmp_path)
+    (tmp_path / "Annotations/0.xml").write_text(whole)
     data = load("voc", tmp_path)
     assert data.truth.tolist() == [[1, 0], [1, 1], [0, 0]] * 2 and data.name == resolve(None, tmp_path) == "own-voc"
     lines = {"train": "0\n1\n2\n", "val": "3 1\n", "test": "4\n5\n"}

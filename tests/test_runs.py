@@ -329,6 +329,13 @@ def test_the_report_stands_alone(tmp_path):
     assert "n = 2 &lt; 3: no test" in few
 
 
+def test_a_report_of_runs_that_are_still_to_come(tmp_path):
+    other = finished(tmp_path, method="full")
+    (other / "history.csv").write_text("epoch,loss,val_map,seconds\n1,0.5,60.0,5.0\n")
+    text = results.report({"name": "mine", "methods": ["gr"], "seeds": [0]}, folder=tmp_path).read_text()
+    assert "learning curves" not in text and "gr" in text
+
+
 words = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
