@@ -217,11 +217,12 @@ def history(
     "One row per run and epoch."
     parts, about, names = {}, {}, None if names is None else set(names)
     for folder in folders(runs):
-        if (names is None or folder.name in names) and (folder / "history.csv").is_file():
+        if (names is None or folder.name in names) and not (found := outcome.history(folder)).empty:
             try:
-                params, parts[folder.name] = read_params(folder), pd.read_csv(folder / "history.csv")
+                params = read_params(folder)
             except (ValueError, OSError):  # a run that is being made, or is torn: `frame` says so
                 continue
+            parts[folder.name] = found
             about[folder.name] = {k: params.get(k) for k in ("dataset", "method", "seed")}
     if not parts:
         return pd.DataFrame(columns=["run", "epoch", "dataset", "method", "seed"])

@@ -426,11 +426,12 @@ def names() -> list:
     return ["glyphs", *READERS, *OWN]
 
 
-def _observation(observation) -> dict:  # arguments of `observe`
-    "'size' or 'uniform, k=2' or {'how': 'size'}."
-    if observation is None or isinstance(observation, dict):
-        return dict(observation or {})
-    how, *settings = [part.strip() for part in str(observation).split(",")]
+_OBSERVED = {"how": str, "k": int, "seed": int, "positive_fraction": (int, float), "negative_fraction": (int, float)}
+
+
+def _from_text(observation) -> dict:
+    "'size' or 'uniform, k=2'."
+    how, *settings = [part.strip() for part in observation.split(",")]
     wanted = {"how": how}
     for part in settings:
         key, _, value = part.partition("=")
@@ -438,6 +439,18 @@ def _observation(observation) -> dict:  # arguments of `observe`
             wanted[key.strip()] = int(value) if key.strip() in ("k", "seed") else float(value)
         except ValueError:
             raise AevlpError(f"observation {observation!r}: {part!r} is not key=number, as in 'uniform, k=2'") from None
+    return wanted
+
+
+def _observation(observation) -> dict:  # arguments of `observe`
+    "Of text, or of a dict as {'how': 'size'}."
+    wanted = _from_text(observation) if isinstance(observation, str) else dict(observation or {})
+    for key, value in wanted.items():
+        if key not in _OBSERVED:
+            raise AevlpError(f"observation {observation!r}: unknown {key!r}; {_nearest(key, _OBSERVED)}")
+        if not isinstance(value, _OBSERVED[key]) or isinstance(value, bool) or key == "seed" and value < 0:
+            kind = {"how": "text", "k": "a whole number", "seed": "a whole number from 0"}.get(key, "a number")
+            raise AevlpError(f"observation {observation!r}: {key}={value!r} should be {kind}")
     return wanted
 
 # %% ../nbs/26_datasets.ipynb #bf226b35
@@ -455,7 +468,7 @@ def resolve(
         raise AevlpError(
             f"{name} comes with its labels: leave --csv out, or say --dataset csv for pictures of your own"
         )
-    if root is not None and Path(root).expanduser().is_dir():
+    if root is not None and os.path.isdir(os.path.expanduser(root)):
         if name == "coco" and trees.coco_files(root) and not trees.official_coco(root):
             return "own-coco"
         if name == "voc" and any(trees.voc_base(root).glob("Annotations/*.xml")) and not trees.official_voc(root):
@@ -486,8 +499,8 @@ def load(
             if root is None
             else Path(root)
         )
-        root = root.expanduser()
-        if not root.is_dir():
+        root = Path(os.path.expanduser(root))
+        if not os.path.isdir(root):  # False too where the name is too long
             raise AevlpError(
                 f"{root} is not a folder; give the folder of {'the pictures' if name in OWN else name} as root"
             )

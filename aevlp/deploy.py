@@ -534,6 +534,10 @@ def in_markdown(text) -> str:
     return re.sub(r"([\\`*\[\]|$~]|(?<!\w)_|_(?!\w))", r"\\\1", text)
 
 
+def _safe(value):
+    return in_markdown(value) if isinstance(value, str) else value
+
+
 def _table(frame) -> str:
     return (
         frame.astype(object).where(frame.notna(), None).to_markdown(floatfmt=".2f", missingval="–")
@@ -617,29 +621,33 @@ def _card_facts(run, params, metrics) -> dict:
     without = int((table.iloc[:, 1] == 0).sum())
     return (
         dict.fromkeys(("version", "commit", "torch", "device"), "unknown")
-        | params
+        | {k: _safe(v) for k, v in params.items()}
         | dict(
-            run=run.name,
+            run=in_markdown(run.name),
             classes=len(table),
             title=method.title,
             source=method.source or "a combination",
             scores=_scores(metrics),
-            summary=_table(pd.DataFrame(said["summary"]).set_index("split")) if said["summary"] else "Not kept.",
-            observation=params["observation"]
+            summary=_table(pd.DataFrame(said["summary"]).map(_safe).set_index("split"))
+            if said["summary"]
+            else "Not kept.",
+            observation=in_markdown(params["observation"] or "")
             or ("as the CSV gives them" if params["csv"] else "one positive per picture, drawn at random"),
-            note=f"\n\nSince then: {said['note']}." if said.get("note") else "",
+            note=f"\n\nSince then: {in_markdown(said['note'])}." if said.get("note") else "",
             empty=said.get("without_positive", "unknown"),
             score=score.name[0].upper() + score.name[1:],
             scored=_scored(without, len(table), truth),
             best_epoch=metrics.get("best_epoch"),
             epochs_run=metrics.get("epochs_run"),
             select_by=MEASURES.get(metrics.get("select_by"), "mAP"),
-            overrides=", ".join(f"`{k}={v}`" for k, v in params["overrides"].items()) or "nothing",
+            overrides=", ".join(f"`{in_markdown(f'{k}={v}')}`" for k, v in params["overrides"].items()) or "nothing",
             chosen=chosen_by(said),
             per_class=_table(table),
             limit="It saw full labels in training." if method.name == "full" else limit,
-            created=runs.status(run).get("ended", ""),
+            created=_safe(runs.status(run).get("ended", "")),
             weakest=", ".join(score.nsmallest(3).index) or "unknown, as the truth is",
-            settings=_table(pd.Series(params["recipe"], name="value").rename_axis("setting").astype(str).to_frame()),
+            settings=_table(
+                pd.Series(params["recipe"], name="value").rename_axis("setting").astype(str).map(in_markdown).to_frame()
+            ),
         )
     )

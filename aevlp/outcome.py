@@ -236,9 +236,16 @@ def history(
     import pandas as pd
 
     try:
-        return pd.read_csv(regular(Path(run_dir) / "history.csv")).apply(pd.to_numeric, errors="coerce")
+        with open(regular(Path(run_dir) / "history.csv"), "rb") as file:
+            wide = len(file.readline(2**16)) == 2**16
+            file.seek(0)
+            found = pd.DataFrame() if wide else pd.read_csv(file, nrows=100_000)
     except (OSError, ValueError):
         return pd.DataFrame()
+    if any(kind.kind not in "iuf" for kind in found.dtypes):
+        found = found.apply(pd.to_numeric, errors="coerce")
+    wild = np.abs(found.to_numpy(float)) >= 1e15  # nobody can draw them
+    return found.mask(wild) if wild.any() else found
 
 # %% ../nbs/16_outcome.ipynb #375d6ef9
 @dataclass(frozen=True)
@@ -249,6 +256,36 @@ class Scored:
     probs: np.ndarray  # (n, C) in [0, 1]
     targets: np.ndarray  # (n, C) in {1, 0, -1 unknown}: truth, or the given labels where no truth is known
     observed: np.ndarray | None  # (n, C): 1 = given
+    ids: np.ndarray | None  # (n,) of its pictures in the data set
+
+
+_UNPACKED = 2**30  # bytes of all predictions of a run
+
+
+def _arrays(path, prefix) -> dict:
+    "What is kept of a split; {} where nothing is."
+    kept = np.load(regular(path), allow_pickle=False)
+    if isinstance(kept, np.ndarray):
+        raise ValueError("it holds one array")
+    with kept:
+        if sum(part.file_size for part in kept.zip.infolist()) > _UNPACKED:
+            raise ValueError("it unpacks to more than a gigabyte")
+        names = [n for n in ("names", "probs", "targets", "observed", "ids") if prefix + n in kept]
+        return {n: kept[prefix + n] for n in names} if prefix + "probs" in kept else {}
+
+
+def _misshapen(found) -> str:
+    "What is wrong with them; empty where nothing is."
+    probs = found["probs"]
+    if probs.ndim != 2 or probs.dtype.kind != "f":
+        return f"probabilities are {probs.dtype} {probs.shape}, not numbers of pictures by classes"
+    for name, kinds in (("targets", "iub"), ("observed", "iub"), ("names", "U"), ("ids", "iu")):
+        shape = probs.shape if name in ("targets", "observed") else probs.shape[:1]
+        if name == "targets" and name not in found:
+            return "labels are missing"
+        if name in found and (found[name].shape != shape or found[name].dtype.kind not in kinds):
+            return f"{name} are {found[name].dtype} {found[name].shape}, which does not go with {probs.shape}"
+    return ""
 
 
 def scored(
@@ -258,19 +295,19 @@ def scored(
     "Predictions of a run."
     path, prefix = Path(run_dir) / "predictions.npz", "" if split == "test" else f"{split}_"
     try:
-        with np.load(regular(path), allow_pickle=False) as kept:
-            if prefix + "probs" not in kept or not len(kept[prefix + "probs"]):
-                return None
-            found = {k: kept[prefix + k] for k in ("names", "probs", "targets", "observed") if prefix + k in kept}
+        found = _arrays(path, prefix)
+        if wrong := _misshapen(found) if found else "":
+            raise ValueError(wrong)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as e:
+    except (OSError, ValueError, EOFError, MemoryError, zipfile.BadZipFile) as e:
         raise AevlpError(
             f"{path}: cannot be read ({' '.join(str(e).split())}); remove it, or train the run again"
         ) from None
-    if found["probs"].shape != found["targets"].shape:
-        raise AevlpError(f"{path}: probabilities and labels differ in shape; remove it, or train the run again")
-    return Scored(tuple(map(str, found.get("names", ()))), found["probs"], found["targets"], found.get("observed"))
+    if not found or not len(found["probs"]):
+        return None
+    found["names"] = tuple(map(str, found.get("names", ())))
+    return Scored(**{"observed": None, "ids": None} | found)
 
 # %% ../nbs/16_outcome.ipynb #ff4b4e53
 def thresholds(

@@ -325,10 +325,8 @@ def predictions(
     split,  # 'val' or 'test'
 ) -> tuple:  # ids (n,), probs (n, C); None where the run kept none
     "What a finished run says of a split."
-    if (said := outcome.scored(run, split)) is None:
-        return None
-    with np.load(Path(run) / "predictions.npz", allow_pickle=False) as file:
-        return file["ids" if split == "test" else f"{split}_ids"], said.probs
+    said = outcome.scored(run, split)
+    return None if said is None else (said.ids, said.probs)
 
 
 def taken_labels(

@@ -27,7 +27,7 @@ from .evidence import load_run
 from .eyes import Eyes, clip_of, open_bank, prototypes, view_settings
 from .labelers import pseudo_labels
 from .metrics import average_precision
-from .outcome import class_thresholds, thresholds
+from .outcome import class_thresholds, scored, thresholds
 from .vlm import similarities
 
 # %% ../nbs/37_table.ipynb #d1cb4deb
@@ -453,11 +453,8 @@ def on_map(
 # %% ../nbs/37_table.ipynb #97a29e1d
 def _predictions(run, split, ids):
     "The probabilities (n,C) of a split that the run kept, or None."
-    if not (run / "predictions.npz").is_file():
-        return None
-    before = "" if split == "test" else f"{split}_"
-    with np.load(run / "predictions.npz", allow_pickle=False) as kept:
-        return kept[f"{before}probs"] if np.array_equal(kept.get(f"{before}ids"), ids) else None
+    said = scored(run, split)
+    return said.probs if said is not None and np.array_equal(said.ids, ids) else None
 
 
 def _model_part(data, split, run, ids, device, tell):

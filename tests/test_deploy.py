@@ -8,6 +8,7 @@ import warnings
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -129,6 +130,20 @@ def test_the_card_says_what_a_reader_must_know(run):
     assert (
         all(f"## {part}" in text for part in ("Data", "Method", "Results", "Limits", "Settings")) and "{run" not in text
     )
+
+
+def test_what_a_run_is_called_is_text_in_its_card(run, tmp_path):
+    evil, copy = "<img src=x onerror=alert(1)>", tmp_path / "run"
+    shutil.copytree(run, copy)
+    params = yaml.safe_load((run / "params.yaml").read_text())
+    strange = params | {k: evil for k in ("dataset", "fidelity", "version", "commit", "torch", "device")}
+    strange |= {"overrides": {"lr": evil}, "observation": evil, "recipe": params["recipe"] | {"clip_weights": evil}}
+    (copy / "params.yaml").write_text(yaml.safe_dump(strange))
+    about = json.loads((run / "run.json").read_text())
+    about["summary"][0]["split"] = about["note"] = evil
+    (copy / "run.json").write_text(json.dumps(about))
+    text = deploy.card(copy).read_text()
+    assert "<img" not in text and text.count("&lt;img") > 8 and "<img src=x" not in (copy / "report.html").read_text()
 
 
 def test_wrong_input_is_one_sentence(run, tmp_path):

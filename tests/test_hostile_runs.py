@@ -1,5 +1,6 @@
 """Hostile and torn files of sweeps and runs, full disks, processes that are not ours: one sentence, nothing else."""
 
+import io
 import json
 import os
 import shutil
@@ -8,10 +9,12 @@ import subprocess
 import sys
 import tempfile
 import time
+import zipfile
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -19,7 +22,21 @@ from fake_run import alive, begun, fake_notebook, states
 from safetensors.torch import save
 from test_runs import finished
 
-from aevlp import board, checkpoints, cli, draw, evidence, models, outcome, recipes, runner, runs, sweeps, tabs
+from aevlp import (
+    board,
+    checkpoints,
+    cli,
+    datasets,
+    draw,
+    evidence,
+    models,
+    outcome,
+    recipes,
+    runner,
+    runs,
+    sweeps,
+    tabs,
+)
 from aevlp.data import AevlpError, replacing, write_json
 
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
@@ -195,12 +212,90 @@ for command in ("report", "card"):
     assert done.returncode == 0 and "AEVLP_DEBUG" not in done.stderr, done.stderr
 
 
-@pytest.mark.parametrize("text", [None, b"", b"epoch,loss\n1,2,3\n1,2,3,4,5\n", b"epoch,\xff\n1,2\n"])
+PREDICTED = dict(
+    ids=np.arange(4),
+    probs=np.full((4, 3), 0.5, np.float32),
+    targets=np.zeros((4, 3), np.int8),
+    names=np.array(list("abcd")),
+    observed=np.zeros((4, 3), np.int8),
+)
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        ({"targets": None}, "labels are missing"),
+        ({"probs": np.ones(4, np.float32)}, "float32 .4,."),
+        ({"probs": np.full((4, 3), "a")}, "<U1"),
+        ({"probs": np.ones((4, 3, 2), np.float32)}, "4, 3, 2"),
+        ({"targets": np.full((4, 3), "1")}, "targets are <U1"),
+        ({"targets": np.zeros((4, 2), np.int8)}, "targets are int8 .4, 2."),
+        ({"observed": np.zeros((3, 3), np.int8)}, "observed are int8 .3, 3."),
+        ({"names": np.array(list("abc"))}, "names are <U1 .3,."),
+        ({"names": np.arange(4)}, "names are int64"),
+        ({"ids": np.arange(5)}, "ids are int64 .5,."),
+    ],
+)
+def test_strange_predictions_are_one_sentence(tmp_path, change, says):
+    for prefix, split in (("", "test"), ("val_", "val")):
+        whole = {prefix + k: v for k, v in PREDICTED.items()}
+        np.savez(tmp_path / "predictions.npz", **whole)
+        assert outcome.scored(tmp_path, split).names == tuple("abcd")
+        strange = whole | {prefix + k: v for k, v in change.items()}
+        np.savez(tmp_path / "predictions.npz", **{k: v for k, v in strange.items() if v is not None})
+        with pytest.raises(AevlpError, match=f"predictions.npz: cannot be read .*{says}"):
+            outcome.scored(tmp_path, split)
+
+
+def test_predictions_that_unpack_to_gigabytes_or_are_no_archive_are_refused(tmp_path):
+    path, head = tmp_path / "predictions.npz", io.BytesIO()
+    np.lib.format.write_array_header_1_0(head, dict(descr="<f4", fortran_order=False, shape=(10**12, 3)))
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("probs.npy", head.getvalue())
+    with pytest.raises(AevlpError, match="predictions.npz: cannot be read"):
+        outcome.scored(tmp_path)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+        with archive.open("probs.npy", "w", force_zip64=True) as file:
+            for _ in range(1100):
+                file.write(bytes(2**20))
+    with pytest.raises(AevlpError, match="more than a gigabyte"):
+        outcome.scored(tmp_path)
+    with open(path, "wb") as file:
+        np.save(file, np.ones(3))
+    with pytest.raises(AevlpError, match="one array"):
+        outcome.scored(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "observation, says",
+    [
+        ("uniform, kk=2", "unknown 'kk'; did you mean 'k'"),
+        ({"how": "uniform", "a": {"b": [1]}}, "unknown 'a'"),
+        ({"how": ["uniform"]}, "should be text"),
+        ("uniform, seed=-2", "whole number from 0"),
+        ({"how": "uniform", "k": "2"}, "k='2' should be a whole number"),
+        ({"how": "fraction", "positive_fraction": "half"}, "should be a number"),
+        ({"how": "fraction", "positive_fraction": True}, "should be a number"),
+    ],
+)
+def test_an_observation_that_nobody_knows_is_one_sentence(observation, says):
+    with pytest.raises(AevlpError, match=f"observation .*{says}"):
+        datasets.load("glyphs", observation=observation)
+
+
+WIDE = b",".join(b"c%d" % i for i in range(100_000)) + b"\n" + b"1," * 99_999 + b"1\n"
+
+
+@pytest.mark.parametrize("text", [None, b"", b"epoch,loss\n1,2,3\n1,2,3,4,5\n", b"epoch,\xff\n1,2\n", WIDE])
 def test_a_history_that_is_a_pipe_or_torn_is_empty_for_all_who_read_it(tmp_path, text):
     """The board, the report and the explorer's curves."""
+    tmp_path = tmp_path / "run"
+    tmp_path.mkdir()
     path = tmp_path / "history.csv"
     os.mkfifo(path) if text is None else path.write_bytes(text)
     assert outcome.history(tmp_path).empty and board.epoch_of(tmp_path, 3) == (0, None, None)
+    (tmp_path / "params.yaml").write_text("{dataset: glyphs, method: an, recipe: {}}")
+    assert board.history(tmp_path.parent).empty
     curves = tabs.Tabs._curves(SimpleNamespace(state=SimpleNamespace(run=tmp_path)))
     assert curves == draw.curve_html({})
 

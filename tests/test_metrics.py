@@ -362,3 +362,9 @@ def test_words_and_headlines_need_no_torch():
         "import sys, aevlp.metrics as m; assert m.headline({'test_map': 1})[0] == 'map' and 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_mean_over_classes_is_of_those_that_have_a_value():
+    assert metrics.class_mean([40.0, 60.0, 80.0]) == 60
+    assert metrics.class_mean([np.nan, 50.0, 70.0]) == 60
+    assert metrics.class_mean([np.nan, np.nan]) is None
