@@ -61,7 +61,7 @@ class _Lines:
         if now >= self.next:
             self.next, form = now + 60, "{desc}: {n_fmt} of {total_fmt}, {remaining} left{postfix}"
             said = dict(elapsed=now - self.began, postfix=self.postfix, bar_format=form)
-            print(tqdm.format_meter(self.n, self.total, **self.kw, **said), file=sys.stderr, flush=True)
+            print(tqdm.format_meter(self.n, self.total, **self.kw, **said), file=sys.stderr)
 
     def set_postfix_str(self, text):
         self.postfix = text

@@ -41,7 +41,7 @@ def unchanged(
         data = runs.load_data(params)
     except AevlpError as e:
         return None, f"its data cannot be read today: {e}"
-    if list(data.class_names) != settings["class_names"] or data.fingerprint != settings["fingerprint"]:
+    if list(data.class_names) != settings["class_names"] or data.fingerprint != settings.get("fingerprint"):
         what = " or ".join(filter(None, (params.get("csv") or params.get("root") or data.name, params.get("reviewed"))))
         return None, f"{what} has changed since the run was made"
     return data, None

@@ -565,6 +565,8 @@ _AT_MOST = dict(
     mime_width=2**13,
     mime_ffn=2**16,
     mime_samples=2**10,
+    workers=128,
+    threads=1024,
 )
 
 # %% ../nbs/09_recipes.ipynb #84034d86

@@ -630,6 +630,14 @@ def clock(monkeypatch):
     return now, told
 
 
+def test_a_bar_in_a_terminal_is_as_wide_as_its_window(monkeypatch):
+    told = []
+    monkeypatch.setattr(module, "tqdm", type("Told", (Bar,), {"__init__": lambda self, **kw: told.append(kw)}))
+    monkeypatch.setattr(module.sys, "stderr", SimpleNamespace(isatty=lambda: True))
+    module._bar(100.0, total=4)
+    assert told == [dict(dynamic_ncols=True, total=4)]
+
+
 def test_progress_is_shown_from_the_third_second_on(clock):
     now, told = clock
     for item, at in zip(bar := progress("abcd", "letters", unit="B"), (102.0, 102.5, 103.0, 103.0), strict=True):

@@ -12,6 +12,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors.torch import load_file
 from sklearn.metrics import f1_score
 from tiny import shapes
 
@@ -144,6 +145,16 @@ def test_what_a_run_is_called_is_text_in_its_card(run, tmp_path):
     (copy / "run.json").write_text(json.dumps(about))
     text = deploy.card(copy).read_text()
     assert "<img" not in text and text.count("&lt;img") > 8 and "<img src=x" not in (copy / "report.html").read_text()
+
+
+def test_weights_that_do_not_name_their_data_are_of_other_data(run, tmp_path):
+    tensors = load_file(run / "best.safetensors")
+    header = evidence.run_settings(run / "best.safetensors")
+    (tmp_path / "params.yaml").write_text((run / "params.yaml").read_text())
+    for change, same in (({}, True), ({"fingerprint": [1]}, False), ({"fingerprint": None}, False)):
+        settings = {k: v for k, v in (header | change).items() if v is not None}
+        (tmp_path / "best.safetensors").write_bytes(evidence.run_weights(tensors, settings))
+        assert (deploy.unchanged(tmp_path)[0] is not None) == same
 
 
 def test_wrong_input_is_one_sentence(run, tmp_path):

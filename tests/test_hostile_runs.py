@@ -351,6 +351,7 @@ HEADERS = {
     "another number of classes": dict(class_names=["a", "b", "c"]),
     "a hundred thousand classes": dict(class_names=[str(i) for i in range(100_000)]),
     "a picture of 10^9 pixels a side": dict(recipe=dict(image_size=10**9)),
+    "a million processes": dict(recipe=dict(workers=10**6)),
     "a size that is text": dict(recipe=dict(image_size="big")),
     "a large backbone": dict(recipe=dict(backbone="vit_huge_patch14_clip_224.laion2b", image_size=2048)),
     "a wide head": dict(method="mime", recipe=dict(mime_width=8192, mime_ffn=65536, mime_z=8192)),
