@@ -228,7 +228,7 @@ def long_file(path, data, size):
 def test_a_tiff_of_millions_of_values_is_refused(tmp_path, order, big):
     """Pillow makes numbers and tiles of Python's out of them: minutes and gigabytes."""
     path = tmp_path / "a.tif"
-    for tag, kind, count in [(324, 4, 600_000), (273, 1, 600_000), (258, 3, 600_000), (50_000, 5, 600_000)]:
+    for tag, kind, count in [(324, 1, 600_000), (273, 1, 600_000), (258, 3, 600_000), (50_000, 5, 600_000)]:
         long_file(path, with_tag(tag, kind, count, order, big), 6_000_000)
         with pytest.raises(AevlpError, match=f"a.tif: .* tag {tag} holds 600000 values"):
             decode(path)
