@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
 
-from .data import AevlpError, LabelledImages, nearest
+from .data import AevlpError, LabelledImages, nearest, progress
 from .own import _SPLITS, _drawn, _Finder, _own, _report, _text, _with_val, is_picture, tidy, wrong_name
 
 # %% ../nbs/23_sheets.ipynb #f7364377
@@ -258,7 +258,7 @@ def _split(self: _Table) -> int | None:
 def _picture_of(table) -> tuple:  # names of pictures, the picture of each row (-1: none)
     "The pictures in the order in which they are met first."
     images, at = {}, []
-    for line, cells in table.rows:
+    for line, cells in progress(table.rows, "finding pictures"):
         name = cells[table.image].strip()
         normal, wrong = table.finder.seek(name) if name else (None, "no picture is named")
         if wrong:
@@ -284,7 +284,8 @@ def _positives(table, at, n, classes, separator) -> tuple:  # class names, (n, C
     says = _row_values(table)
     known = list(classes) if classes is not None else sorted({name for row in rows for name in row})
     column, observed = {c: i for i, c in enumerate(known)}, np.zeros((n, len(known)), np.int8)
-    for (line, _), cell, row, i, value in zip(table.rows, cells, rows, at, says, strict=True):
+    every = zip(table.rows, cells, rows, at, says, strict=True)
+    for (line, _), cell, row, i, value in progress(every, "reading labels", len(rows)):
         if not row and not _listed(cell.strip()) == []:
             table.problems.append((line, "no label; leave the row out, or write [] where none of the classes is seen"))
         for name in row:
