@@ -294,16 +294,15 @@ _AS_THEY_ARE = {1, 2, 7}  # types of TIFF's tags that Pillow does not take apart
 class _Patient(io.BufferedReader):
     "A picture file; padding, comments or millions of small parts that would be read for minutes are an error."
 
-    spent, opening, long = 0, True, 16  # 1/16 of a long text or tag counts
+    spent, opening, long = 0, True, 8  # an eighth of a long text or tag counts
 
     def __init__(self, path):
         super().__init__(io.FileIO(path))
 
     def read(self, size=-1):
         data = super().read(size)
-        if size is not None and size >= 2**20:
-            self.spent += len(data) // self.long
-        self.spent += max(len(data), 64) if self.opening and len(data) < 2**20 else 64
+        whole = self.opening and len(data) < 2**20
+        self.spent += max(len(data) // self.long if (size or 0) >= 2**20 else len(data) if whole else 0, 64)
         if self.spent > _PATIENCE:
             raise ValueError("too much lies around its pixels, or it is in too many parts; save it again")
         return data
