@@ -184,7 +184,9 @@ def publish(
     made = made[made.run.notna()].drop_duplicates("key").reindex(columns=PUBLISHED)
     if path.is_file():
         made = pd.concat([made, pd.read_csv(path)], ignore_index=True)
-        made = made[~made.apply(_asked, axis=1, dataset=dataset).duplicated()]
+        asked = made.apply(_asked, axis=1, dataset=dataset)
+        made["label"] = made.groupby(asked).label.transform("last")  # what is there already keeps its name
+        made = made[~asked.duplicated()]
     made = made.sort_values([*ASKED], kind="stable", na_position="first")
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, made.to_csv(index=False, float_format="%.6g"))

@@ -569,6 +569,7 @@ if __name__ == "__main__":
     temporary = tmp_path / "temporary"
     temporary.mkdir()
     known = dict(stdout=-1, stderr=-2, text=True, start_new_session=True, env=os.environ | {"TMPDIR": str(temporary)})
+    known["preexec_fn"] = lambda: [signal.signal(s, signal.SIG_DFL) for s in (signal.SIGINT, signal.SIGHUP)]  # nohup's
     process = subprocess.Popen([sys.executable, script, *arguments], **known)
     try:
         wanted, end = (2 if command == "sweep" else 1), time.monotonic() + 200
