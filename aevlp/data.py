@@ -310,7 +310,7 @@ class _Patient(io.BufferedReader):
 
 def _check_tags(file):
     "Pillow makes a number of Python's of each that a TIFF's tag holds, a tile of each offset: millions are an error."
-    head = file.peek(16)[:16]
+    head = file.peek()
     if head[:2] not in (b"II", b"MM") or head[2:4] not in (b"*\0", b"\0*", b"+\0", b"\0+"):
         return
     file.long = 24  # Pillow reads them three times
@@ -318,11 +318,10 @@ def _check_tags(file):
     file.seek(struct.unpack_from(order + "Q" if big else order + "I", head, 8 if big else 4)[0])
     (tags,) = struct.unpack(order + "Q" if big else order + "H", file.read(8 if big else 2))
     entry = struct.Struct(order + "HHQ8x" if big else order + "HHI4x")
-    found = file.read(min(tags, 2**16) * entry.size)
+    found = file.read(2**20)[: tags * entry.size]
     for tag, kind, values in entry.iter_unpack(found[: len(found) // entry.size * entry.size]):
         if values > 500_000 and (tag in _OFFSETS or kind not in _AS_THEY_ARE):
             raise ValueError(f"its tag {tag} holds {values} values; save it again")
-    file.seek(0)
 
 
 def _orientation(im) -> int:

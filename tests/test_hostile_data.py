@@ -233,8 +233,38 @@ def test_a_tiff_of_millions_of_values_is_refused(tmp_path, order, big):
         with pytest.raises(AevlpError, match=f"a.tif: .* tag {tag} holds 600000 values"):
             decode(path)
     for kind in (1, 3, 7):  # few numbers, many bytes
-        long_file(path, with_tag(50_000, kind, 400_000 if kind == 3 else 30_000_000, order, big), 31_000_000)
+        long_file(path, with_tag(50_000, kind, 500_000 if kind == 3 else 30_000_000, order, big), 31_000_000)
         assert decode(path).shape == (36, 48, 3)
+    path.write_bytes(with_tag(50_000, 3, 500_001, order, big))
+    with pytest.raises(AevlpError, match="500001 values"):
+        decode(path)
+
+
+def test_what_only_begins_as_a_tiff_is_no_picture(tmp_path):
+    (tmp_path / "a.tif").write_bytes(b"II, that is two, and more text behind it")
+    with pytest.raises(AevlpError, match="a.tif: not a picture in a known format"):
+        decode(tmp_path / "a.tif")
+
+
+def test_a_picture_that_is_read_in_one_go_may_be_large(tmp_path):
+    """Of a WebP the decoder asks for the whole file at once."""
+    path, whole = tmp_path / "a.webp", saved("WEBP")
+    size = 20 * 2**20
+    long_file(
+        path,
+        whole[:4] + struct.pack("<I", len(whole) + size) + whole[8:] + b"JUNK" + struct.pack("<I", size),
+        len(whole) + 8 + size,
+    )
+    assert decode(path).shape == (36, 48, 3)
+
+
+@pytest.mark.parametrize("kind", WHOLE)
+def test_a_long_file_that_is_cut_off_is_suspected(tmp_path, kind):
+    path, data = tmp_path / f"a.{kind}", WHOLE[kind]
+    path.write_bytes(data)
+    assert aevlp.data._content(path)[-1] == 0
+    path.write_bytes(data[:-80] if kind in ("jpg", "png", "webp", "bmp") else b"x" + data)
+    assert aevlp.data._content(path)[-1] == 1
 
 
 def test_a_long_tag_or_text_is_not_read_to_its_end(tmp_path):
