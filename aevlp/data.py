@@ -170,7 +170,7 @@ def fresh(
     "The file, opened for writing: a new one, never where a link that somebody put there leads."
     return open(path, "wb", opener=lambda name, flags: os.open(name, flags | os.O_EXCL | os.O_NOFOLLOW, 0o666))
 
-
+# %% ../nbs/03_data.ipynb #2b1105e4
 @contextmanager
 def replacing(
     path,  # the file to write, in an existing folder
@@ -284,12 +284,6 @@ _IN_PYTHON = {"ppm", "ppm_plain", "bmp_rle"}  # decoders of Pillow that are loop
 
 _PATIENCE = 2**24  # bytes read in pieces before a picture begins; a piece, and all later ones, count 64 at least
 
-
-_OFFSETS = {273, 324}  # tags of TIFF: where each strip or tile begins
-
-
-_AS_THEY_ARE = {1, 2, 7}  # types of TIFF's tags that Pillow does not take apart: bytes and text
-
 # %% ../nbs/03_data.ipynb #9b2232c2
 class _Patient(io.BufferedReader):
     "A picture file; padding, comments or millions of small parts that would be read for minutes are an error."
@@ -306,6 +300,12 @@ class _Patient(io.BufferedReader):
         if self.spent > _PATIENCE:
             raise ValueError("too much lies around its pixels, or it is in too many parts; save it again")
         return data
+
+# %% ../nbs/03_data.ipynb #7d1c90ab
+_OFFSETS = {273, 324}  # tags of TIFF: where each strip or tile begins
+
+
+_AS_THEY_ARE = {1, 2, 7}  # types of TIFF's tags that Pillow does not take apart: bytes and text
 
 
 def _check_tags(file):
@@ -331,7 +331,7 @@ def _orientation(im) -> int:
     except (OSError, ValueError, SyntaxError, KeyError, TypeError, struct.error):
         return 1
 
-
+# %% ../nbs/03_data.ipynb #4ddd5bd9
 def _rgb(im) -> Image.Image:
     "Any mode of Pillow to RGB: 16 bits scaled to 8, transparency laid over white."
     if im.mode.startswith("I"):
@@ -400,7 +400,7 @@ def _check_size(im, path, side):
     if "progressive" in im.info and pixels * Path(path).read_bytes().count(b"\xff\xda") > _SCANS:
         raise AevlpError(f"{path}: {size} in very many scans; save it as an ordinary JPEG")
 
-
+# %% ../nbs/03_data.ipynb #d278e626
 _LINES = 2**18  # pixels that are converted at a time
 
 # %% ../nbs/03_data.ipynb #48243390
@@ -595,14 +595,14 @@ def _suspect(data: bytes, size: int | None = None) -> bool:
 def _content(path) -> bytes:  # 17 bytes: hash, and whether the file is suspect
     try:
         with open(regular(path), "rb") as file:
-            digest, size = hashlib.file_digest(file, "sha256").digest(), file.tell()
+            found, size = hashlib.file_digest(file, "sha256").digest()[:16], file.tell()
             file.seek(0)
             ends = file.read(64)
             file.seek(max(size - 64, len(ends)))
             ends += file.read()
     except (OSError, ValueError):
         return bytes(16) + b"\1"  # what is wrong with it, the decoder says
-    return digest[:16] + bytes([_suspect(ends, size)])
+    return found + bytes([_suspect(ends, size)])
 
 
 def _contents(paths) -> np.ndarray:  # (N, 17) uint8

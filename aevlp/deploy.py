@@ -537,7 +537,7 @@ def in_markdown(text) -> str:
 def _safe(value):
     return in_markdown(value) if isinstance(value, str) else value
 
-
+# %% ../nbs/35_deploy.ipynb #df443b7b
 def _table(frame) -> str:
     return (
         frame.astype(object).where(frame.notna(), None).to_markdown(floatfmt=".2f", missingval="–")
@@ -618,6 +618,8 @@ def _card_facts(run, params, metrics) -> dict:
     table = by_class(run, metrics, said["class_names"], truth).rename(index=in_markdown)
     score = table.iloc[:, 0]
     limit = "It learned from incomplete labels: what was never given as a positive it may have learned to miss."
+    summary = _table(pd.DataFrame(said["summary"]).map(_safe).set_index("split")) if said["summary"] else "Not kept."
+    settings = pd.Series(params["recipe"], name="value").rename_axis("setting")
     without = int((table.iloc[:, 1] == 0).sum())
     return (
         dict.fromkeys(("version", "commit", "torch", "device"), "unknown")
@@ -628,9 +630,7 @@ def _card_facts(run, params, metrics) -> dict:
             title=method.title,
             source=method.source or "a combination",
             scores=_scores(metrics),
-            summary=_table(pd.DataFrame(said["summary"]).map(_safe).set_index("split"))
-            if said["summary"]
-            else "Not kept.",
+            summary=summary,
             observation=in_markdown(params["observation"] or "")
             or ("as the CSV gives them" if params["csv"] else "one positive per picture, drawn at random"),
             note=f"\n\nSince then: {in_markdown(said['note'])}." if said.get("note") else "",
@@ -646,8 +646,6 @@ def _card_facts(run, params, metrics) -> dict:
             limit="It saw full labels in training." if method.name == "full" else limit,
             created=_safe(runs.status(run).get("ended", "")),
             weakest=", ".join(score.nsmallest(3).index) or "unknown, as the truth is",
-            settings=_table(
-                pd.Series(params["recipe"], name="value").rename_axis("setting").astype(str).map(in_markdown).to_frame()
-            ),
+            settings=_table(settings.astype(str).map(in_markdown).to_frame()),
         )
     )

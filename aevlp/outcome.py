@@ -228,7 +228,7 @@ def metrics(
             raise AevlpError(f"{path}: {name} should be a number; put it right, or remove the file")
     return found
 
-
+# %% ../nbs/16_outcome.ipynb #3c18c16c
 def history(
     run_dir,  # of a run
 ):  # a DataFrame of numbers, a row an epoch; empty where nothing is written yet, or the file is torn
@@ -287,7 +287,7 @@ def _misshapen(found) -> str:
             return f"{name} are {found[name].dtype} {found[name].shape}, which does not go with {probs.shape}"
     return ""
 
-
+# %% ../nbs/16_outcome.ipynb #52fd7072
 def scored(
     run_dir,  # of a run
     split: str = "test",  # or 'val'

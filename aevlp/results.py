@@ -171,7 +171,7 @@ def _with_published(table, params, dataset) -> pd.DataFrame:
                 table.loc[table.index[i], c] = row[c]
     return table.infer_objects().copy().assign(published=taken)
 
-
+# %% ../nbs/32_results.ipynb #6104d15d
 def publish(
     specs,  # sweeps, each a name, file or dict
     dataset: str,

@@ -389,7 +389,7 @@ def _is_json(value) -> bool:
     except (TypeError, ValueError):  # a date; names that are numbers and text; half a character
         return False
 
-
+# %% ../nbs/28_runs.ipynb #78b23775
 def read_params(
     folder,  # of a run
 ) -> dict:

@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import pandas as pd
 
-from . import metrics
+from . import metrics, outcome
 from .data import AevlpError, progress, write_text
 
 # %% ../nbs/33_selection.ipynb #9f5bc20b
@@ -198,12 +198,12 @@ def among_runs(
     upper bound, for clean mAP, measured on the same pictures, loses nothing there."""
     said, parts, draws = [], [], None
     for row in table.itertuples():
-        with np.load(Path(row.folder) / "predictions.npz", allow_pickle=False) as kept:
-            probs, given, truth = (kept[f"val_{key}"] for key in ("probs", "observed", "targets"))
-        draws = draws or review_draws(len(probs))
-        said.append(dict(seed=row.seed, test_map=row.test_map) | rule_scores(probs, given, truth, draws))
-        log = Path(row.folder) / "history.csv"
-        if log.is_file() and len(past := pd.read_csv(log)) > 1:  # what needs no training has no epochs
+        kept = outcome.scored(row.folder, "val")
+        draws = draws or review_draws(len(kept.probs))
+        said.append(
+            dict(seed=row.seed, test_map=row.test_map) | rule_scores(kept.probs, kept.observed, kept.targets, draws)
+        )
+        if len(past := outcome.history(row.folder)) > 1:  # what needs no training has no epochs
             lost = past.val_map.max() - past.val_map[past.val_auc_observed.idxmax()]
             place = dict(scope="epoch of a run", observation="uniform", seed=row.seed, method=row.label)
             parts.append(pd.DataFrame([dict(**place, rule="AUC", regret=lost)]))

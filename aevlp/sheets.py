@@ -73,8 +73,6 @@ def split_cells(
 
 # %% ../nbs/23_sheets.ipynb #0d9c1a59
 _COLUMNS = 100_000  # of a table, at most
-
-
 _LINE = 2**22  # characters
 
 
@@ -111,7 +109,7 @@ def _csv_rows(path) -> tuple:  # header, [(line number, cells)], what is to be s
 _WORDS = {w: v for v, words in {1: "1 true yes y t", 0: "0 false no n f", -1: "-1",
           None: " nan na n/a none null ? unknown uncertain"}.items() for w in words.split(" ")}  # fmt: skip
 
-
+# %% ../nbs/23_sheets.ipynb #445262d4
 def _value(cell):  # 1, 0, -1, None for unknown, or 'odd'
     "What a cell of a class's column says."
     word = cell.strip().lower()
