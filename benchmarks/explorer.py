@@ -95,7 +95,12 @@ TAB = """(() => {
 FOUND = "document.querySelector('.aevlp-found').innerText"
 STRIP = "document.querySelector('.aevlp-grid.strip .pane').innerHTML"  # its titles name the column
 GRID = "document.querySelector('.aevlp-grid:not(.strip) .pane')"
-FILLED = f"{GRID}.offsetParent && [...{GRID}.querySelectorAll('button')].every(b => b.querySelector('img'))"
+FILLED = f"""(() => {{
+  const pane = {GRID}, buttons = [...pane.querySelectorAll('button')], tops = buttons.map(b => b.offsetTop)
+  const middle = pane.scrollTop + pane.clientHeight / 2
+  const there = pane.offsetParent && Math.min(...tops) <= pane.scrollTop && Math.max(...tops) > middle
+  return Boolean(there && buttons.every(b => b.querySelector('img')))
+}})()"""  # where it is scrolled to, not where it was
 
 
 def measure(tab, class_name) -> dict:
@@ -128,7 +133,7 @@ def measure(tab, class_name) -> dict:
     orders = [CHOOSE % ("by", c) for c in ("loss", "uncertainty", "suspicion", "score", "wrong")]
     found["sort"] = (in_turn(orders, f"document.querySelector('.aevlp-stage img').src + {STRIP}"), 100)
     found["Find opens"] = (ms(TAB % 1, FILLED, "false"), 1000)
-    far = f"{GRID}.scrollTop = {GRID}.scrollHeight * Math.random(); {GRID}.querySelector('img').remove()"
+    far = f"{GRID}.scrollTop = {GRID}.scrollHeight * Math.random()"
     found["Find, scrolled anywhere"] = (usual(far, FILLED, "false"), 1000)
     for n, name, part in (
         (2, "Classes", ".aevlp-pick"),
