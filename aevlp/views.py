@@ -138,9 +138,8 @@ def _jitter(x, strength):  # brightness and contrast up or down by a fifth, satu
     up, down, grey = (1 + 0.2 * strength)[:, None, None], (1 - 0.2 * strength)[:, None, None], x.new_tensor(_GREY)
     saturate = down * torch.eye(3, device=x.device) + (1 - down) * grey.expand(3, 3)
     mean = (x.mean((-1, -2)) @ grey)[:, None, None]
-    return (
-        torch.baddbmm(((1 - up) * up * mean).expand(-1, 3, 1), up**2 * saturate, x.flatten(2)).view_as(x).clamp_(0, 255)
-    )
+    mixed = torch.bmm(up**2 * saturate, x.contiguous().flatten(2))  # of whole channels: twice as fast as of pixels
+    return mixed.add_((1 - up) * up * mean).clamp_(0, 255).view(x.shape)
 
 
 def _sharpen(x, strength):  # inside the border
@@ -195,16 +194,13 @@ def _on_cpu(images, plan, size, mean, std):  # -> (B, V, 3, size, size), channel
     mean, scale = _constants(tuple(mean), tuple(std), size, "cpu")
 
     def fill(b):
-        image, views = images[b].permute(1, 2, 0).contiguous()[None], []
+        image, strengths = images[b].permute(1, 2, 0).contiguous()[None], (2 * plan.strength[b] - 1).split(1)
         mirrored, width = image.flip(2), image.shape[2]
-        for (x0, y0, x1, y1), flip in zip(plan.boxes[b].tolist(), plan.flip[b].tolist()):
+        how = zip(plan.boxes[b].tolist(), plan.flip[b].tolist(), plan.op[b].tolist(), strengths)
+        for place, ((x0, y0, x1, y1), flip, op, strength) in zip(out[b].split(1), how):  # one view stays in the cache
             cut = mirrored[:, y0:y1, width - x1 : width - x0] if flip else image[:, y0:y1, x0:x1]
-            views.append(F.interpolate(cut.permute(0, 3, 1, 2), (size, size), mode="bilinear", antialias=True))
-        place, ops, strengths = out[b].copy_(torch.cat(views)), plan.op[b].tolist(), (2 * plan.strength[b] - 1).split(1)
-        for v, (op, strength) in enumerate(zip(ops, strengths)):
-            if op >= 0:
-                place[v] = _OPS[op](views[v].float(), strength)[0]
-        place.sub_(mean).mul_(scale)
+            view = F.interpolate(cut.permute(0, 3, 1, 2), (size, size), mode="bilinear", antialias=True)
+            place.copy_(view if op < 0 else _OPS[op](view.float(), strength)).sub_(mean).mul_(scale)
 
     in_threads(fill, range(len(images)))
     return out
