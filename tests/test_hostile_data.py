@@ -258,6 +258,28 @@ def test_a_picture_that_is_read_in_one_go_may_be_large(tmp_path):
     assert decode(path).shape == (36, 48, 3)
 
 
+def test_what_each_read_of_a_picture_file_counts(tmp_path, monkeypatch):
+    """Before the pixels all bytes of a piece, 64 at least; an eighth of a megabyte asked for; nothing of the rest."""
+    path, mega = tmp_path / "a", 2**20
+    path.write_bytes(bytes(2 * mega + 7))
+    with aevlp.data._Patient(path) as file:
+
+        def counted(begin, *size):
+            file.seek(begin)
+            before, _ = file.spent, file.read(*size)
+            return file.spent - before
+
+        assert (file.spent, counted(0, 10), counted(0, 65), counted(0, mega - 1)) == (0, 64, 65, mega - 1)
+        assert (counted(0, mega), counted(0, mega + 15)) == (mega // 8, mega // 8 + 1)
+        assert (counted(mega + 8), counted(mega + 7), counted(0)) == (mega - 1, 64, 64)
+        file.opening = False
+        assert (counted(0, 1000), counted(0, mega)) == (64, mega // 8)
+        monkeypatch.setattr("aevlp.data._PATIENCE", file.spent + 64)
+        file.read(1)
+        with pytest.raises(ValueError, match="too much lies around its pixels"):
+            file.read(1)
+
+
 @pytest.mark.parametrize("kind", WHOLE)
 def test_a_long_file_that_is_cut_off_is_suspected(tmp_path, kind):
     path, data = tmp_path / f"a.{kind}", WHOLE[kind]
