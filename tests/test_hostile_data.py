@@ -355,6 +355,25 @@ def test_the_limits_are_where_they_are_said_to_be(tmp_path):
     assert not accepts("more.jpg", claiming_jpeg(20_000, 1500, 21 - once))
     assert accepts("most.ppm", b"P3 2000 1000 255\n" + b"7 " * 100)
     assert not accepts("more.ppm", b"P3 2000 1001 255\n" + b"7 " * 100)
+    comments = lambda n: b"P3 40 40 255\n" + b"#\n" * n + b"7 " * 4800  # noqa: E731
+    assert accepts("few.ppm", comments(1000)) and not accepts("many.ppm", comments(1001))
+
+
+@pytest.mark.parametrize("width, line", [(3, 12), (4, 8), (5, 8)])
+def test_the_limit_of_memory_counts_lines(tmp_path, width, line):
+    """Of a grey PNG a byte and three of RGB a pixel; of a line its address, and a fourth byte to a word's end."""
+    path, most = tmp_path / "a.png", 400 * 2**20 // (4 * width + line)
+    path.write_bytes(png_claiming(width, most, 8, GREY))
+    assert decoded_bytes(path) == 3 * width * most
+    path.write_bytes(png_claiming(width, most + 1, 8, GREY))
+    with pytest.raises(AevlpError, match="more than can be decoded"):
+        decoded_bytes(path)
+
+
+def test_pixels_are_read_in_as_many_pieces_as_they_take(tmp_path):
+    """Seventeen megabytes in pieces of 64 kB, more than may lie around a picture."""
+    Image.new("RGB", (2400, 2400), "red").save(tmp_path / "a.ppm")
+    assert (decode(tmp_path / "a.ppm") == (255, 0, 0)).all()
 
 
 LARGEST = {  # just below the limit of its kind
