@@ -36,6 +36,7 @@ from aevlp.runs import (
     run_params,
     runs_root,
     status,
+    with_seed,
 )
 
 # %% ../nbs/31_sweeps.ipynb #4c6e33f3
@@ -140,8 +141,9 @@ def _planned(row, values, shared, place, seeds, overrides):
     "The runs of one row of a sweep on one data set, one a seed."
     own = (words(k, v) for k, v in values.items() if k not in shared)
     label = row.get("label") or ", ".join([row["method"], *own])
+    first = run_params(method=row["method"], overrides=values | (overrides or {}), **place)
     for seed in seeds:
-        params = run_params(method=row["method"], seed=seed, overrides=values | (overrides or {}), **place)
+        params = with_seed(first, seed)
         yield dict(
             label=label,
             dataset=place["dataset"],
@@ -189,7 +191,8 @@ def expand(
 
 # %% ../nbs/31_sweeps.ipynb #f1e07e40
 def _megabytes(folder) -> float:
-    return sum(p.stat().st_size for p in Path(folder).rglob("*") if p.is_file()) / 1e6
+    files = (os.path.join(where, name) for where, _, names in os.walk(folder) for name in names)
+    return sum(os.path.getsize(f) for f in files if os.path.isfile(f)) / 1e6
 
 
 def estimate(

@@ -19,6 +19,8 @@ import pytest
 import torch
 import yaml
 from fake_run import alive, begun, fake_notebook, states
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import save
 from test_runs import finished
 
@@ -85,6 +87,36 @@ block: |
     assert runs.read_yaml(tmp_path / "a.yaml") == yaml.safe_load(text)
     for path in Path(runs.experiments_root()).glob("*.yaml"):
         assert runs.read_yaml(path) == yaml.safe_load(path.read_text()), path
+
+
+WORDS = ["a:", "b:", "3:", "x", "- x", "1.5", "'", '"', "[", "]", "{", "}", "{c: 2}", "|", ">-", "<<:", "&e", "*e"]
+WORDS += ["---", "...", "#", "!!str", "?", "2020-01-01", "yes", "\t", "\r", "\x85", "\u2028"]
+
+
+@given(st.lists(st.tuples(st.integers(0, 2), st.lists(st.sampled_from(WORDS), min_size=1, max_size=4)), max_size=6))
+@example([(0, ["a:"]), (1, ["b:", "1.5"]), (0, ["a:", "{c: 2}"])])  # the later one counts
+@example([(0, ["a:", "x"]), (0, ["..."]), (0, ["b:", "x"])])  # two documents
+@example([(0, ["a:", "|"]), (1, ["b:", "x"]), (0, ["b:", "x"])])
+@example([(0, ["b:", "'"]), (0, ["a:", "'"])])  # a text of two lines
+@settings(deadline=None)
+def test_a_mapping_read_in_parts_is_what_the_whole_is(lines):
+    """Line after line of any words: the same value, or an error in both."""
+    text = "".join(" " * indent + " ".join(said) + "\n" for indent, said in lines)
+
+    def found(read):
+        try:
+            return repr(read(text))
+        except (yaml.YAMLError, ValueError, TypeError):
+            return "an error"
+
+    assert found(runs._values) == found(runs._whole)
+
+
+def test_what_was_read_once_is_given_as_a_copy(tmp_path):
+    (tmp_path / "a.yaml").write_text("seed: 1\nrecipe:\n  grid: 2\nnotes: [[1]]\n")
+    first = runs.read_yaml(tmp_path / "a.yaml")
+    first["recipe"]["grid"] = first["notes"][0][0] = 3
+    assert runs.read_yaml(tmp_path / "a.yaml") == {"seed": 1, "recipe": {"grid": 2}, "notes": [[1]]}
 
 
 def test_a_grid_of_a_billion_runs_is_refused_at_once():
