@@ -366,7 +366,7 @@ _part = lru_cache(1000)(_whole)
 _BEGINS = re.compile(r"^(?=[A-Za-z_]\w*:[ \n])", re.MULTILINE)  # a key of the outermost mapping
 _TOGETHER = re.compile(r"[&*]|<<|\.\.\.")  # aliases, merges, ends of documents: not to be read in parts
 
-
+# %% ../nbs/28_runs.ipynb #59161dc5
 def _copied(value):
     if isinstance(value, dict):
         return {k: _copied(v) for k, v in value.items()}
@@ -382,7 +382,7 @@ def _values(text):
                 return {k: _copied(v) for part in parts for k, v in part.items()}
     return _whole(text)
 
-
+# %% ../nbs/28_runs.ipynb #822fa0e2
 def read_yaml(
     path: Path,
 ):
