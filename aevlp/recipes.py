@@ -11,6 +11,7 @@ __all__ = ['DATASETS', 'TRAINING', 'LOSSES', 'SINGLE', 'DAMP', 'TOKENS', 'SWITCH
 import math
 import reprlib
 from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
 
 import pandas as pd
 
@@ -671,10 +672,11 @@ def _names(method):
 def _head_alone(overrides):
     "The names by which settings know a frozen backbone."
     if overrides.get("backbone") != "frozen":
-        return set()
-    return {"frozen", "frozen-hidden"} if overrides.get("frozen_hidden") else {"frozen"}
+        return frozenset()
+    return frozenset({"frozen", "frozen-hidden"} if overrides.get("frozen_hidden") else {"frozen"})
 
 # %% ../nbs/09_recipes.ipynb #f13e15a7
+@lru_cache
 def _resolve(dataset, method, fidelity, also=frozenset()):
     "Settings that apply, last wins -> {field: (value, source)}."
     if fidelity not in FIDELITIES:
@@ -714,7 +716,7 @@ def recipe(
 def _sourced(dataset, method, fidelity, data, overrides):
     "{field: (value, source)} with estimates and overrides, checked."
     overrides = {k: _typed(k, v) for k, v in overrides.items()}
-    out = _resolve(dataset, method, fidelity, _head_alone(overrides))
+    out = dict(_resolve(dataset, method, fidelity, _head_alone(overrides)))
     if data is not None and dataset not in DATASETS:
         out |= {k: (v, "validation split") for k, v in estimates(data).items()}
     backbone = overrides.get("backbone", out["backbone"][0])

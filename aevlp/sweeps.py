@@ -36,7 +36,6 @@ from aevlp.runs import (
     run_params,
     runs_root,
     status,
-    with_seed,
 )
 
 # %% ../nbs/31_sweeps.ipynb #4c6e33f3
@@ -141,9 +140,8 @@ def _planned(row, values, shared, place, seeds, overrides):
     "The runs of one row of a sweep on one data set, one a seed."
     own = (words(k, v) for k, v in values.items() if k not in shared)
     label = row.get("label") or ", ".join([row["method"], *own])
-    first = run_params(method=row["method"], overrides=values | (overrides or {}), **place)
     for seed in seeds:
-        params = with_seed(first, seed)
+        params = run_params(method=row["method"], seed=seed, overrides=values | (overrides or {}), **place)
         yield dict(
             label=label,
             dataset=place["dataset"],
