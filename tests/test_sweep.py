@@ -82,6 +82,12 @@ def test_ctrl_c_once_finishes_what_runs_and_twice_stops(tmp_path, times):
         assert printed.count("stopped") == 4, printed
 
 
+@pytest.mark.parametrize("dataset, views", [("glyphs", [0, 1, 2]), ("voc", [0, 0, 0])])
+def test_a_seed_of_the_embedded_benchmark_has_views_of_its_own(dataset, views):
+    plan = sweeps.expand({"datasets": [dataset], "methods": ["an", "gpr+damp"], "seeds": [0, 1, 2]})
+    assert [p["recipe"]["view_seed"] for p in plan.params] == 2 * views and plan.seed.tolist() == 2 * [0, 1, 2]
+
+
 def test_runs_that_share_a_bank_wait_for_the_first(tmp_path):
     plan = sweeps.expand(
         {
