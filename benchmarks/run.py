@@ -63,8 +63,8 @@ def main():
         torch.set_num_threads(args.threads)  # a part may have changed it
         measured[name] = parts[name]()
         print(json.dumps(measured[name][-1]), file=sys.stderr, flush=True)
-    grown = measured.pop("growth", None) or kept["growth"]
-    growth.draw(grown)
+    if grown := measured.pop("growth", None):
+        growth.draw(grown)
     rows = [row for part in measured.values() for row in part]
     if kept:
         anew = {row["what"]: row for row in rows}
@@ -75,7 +75,7 @@ def main():
     about = dict(device=device, command=", then ".join(commands), torch=torch.__version__)
     about |= dict(python=platform.python_version(), date=datetime.now(UTC).date().isoformat())
     about["load"] = [round(v, 1) for v in os.getloadavg()]
-    RESULTS.write_text(json.dumps(dict(about=about, rows=rows, growth=grown), indent=1) + "\n")
+    RESULTS.write_text(json.dumps(dict(about=about, rows=rows, growth=grown or kept["growth"]), indent=1) + "\n")
 
 
 if __name__ == "__main__":
