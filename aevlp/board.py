@@ -185,12 +185,12 @@ def _row(folder) -> dict:
         params = read_params(folder)
     except AevlpError as e:
         return dict(run=folder.name, state="unreadable", error=str(e), folder=str(folder))
-    measured, said, error = {}, status(folder), json_or_empty(folder / "error.json").get("error")
+    measured, said, error = {}, {}, json_or_empty(folder / "error.json").get("error")
     try:
-        outcome.read_json(folder / "status.json")
-        measured = _measured(folder)
+        said = outcome.read_json(folder / "status.json")
+        measured, said = _measured(folder), status(folder, said)
     except AevlpError as e:
-        measured, said, error = {}, said | {"state": "unreadable"}, str(e)
+        said, error = status(folder, said) | {"state": "unreadable"}, str(e)
     observation = params.get("observation")
     observation = observation if isinstance(observation, (str, type(None))) else json.dumps(observation)
     outer = {k: v for k, v in params.items() if k not in ("recipe", "overrides", "observation")}
@@ -259,8 +259,10 @@ def differing(
         if field not in known or (field == "view_seed" and (known[field] == known.seed).all()):
             continue
         values = known[field].dropna().astype(str)
+        if values.nunique() < 2:
+            continue
         within = values.groupby([known.dataset, known.method]).nunique()
-        if (within > 1).any() or (field in asked and values.nunique() > 1):
+        if field in asked or (within > 1).any():
             found.append(field)
     return found
 

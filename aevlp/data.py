@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['FORMATS', 'MAX_PIXELS', 'MAX_BYTES', 'SMALL_PIXELS', 'OBSERVATIONS', 'PORTABLE', 'AevlpError', 'AevlpWarning',
-           'progress', 'nearest', 'sync', 'regular', 'digest', 'fresh', 'replacing', 'write_text', 'write_json', 'home',
-           'open_clip_file', 'shipped', 'made_here', 'decode', 'decoded_bytes', 'labels_of', 'LabelledImages',
-           'sample_single_positives', 'train_val_split', 'observe', 'arithmetic', 'threads', 'in_threads', 'Images',
-           'image_loader', 'epoch_order']
+           'progress', 'nearest', 'sync', 'regular', 'read_bytes', 'digest', 'fresh', 'replacing', 'write_text',
+           'write_json', 'home', 'open_clip_file', 'shipped', 'made_here', 'decode', 'decoded_bytes', 'labels_of',
+           'LabelledImages', 'sample_single_positives', 'train_val_split', 'observe', 'arithmetic', 'threads',
+           'in_threads', 'Images', 'image_loader', 'epoch_order']
 
 # %% ../nbs/03_data.ipynb #95b4ba74
 import difflib
@@ -150,9 +150,27 @@ def regular(
 ) -> Path:
     "The path; a pipe or a device there, which may never end, is an `OSError` at once."
     path = Path(path)
-    if not path.is_file() and path.exists() and not path.is_dir():
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError):  # whoever opens it says what is wrong
+        return path
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
         raise OSError(errno.EINVAL, "it is a pipe or a device, not a file", str(path))
     return path
+
+# %% ../nbs/03_data.ipynb #7be10c52
+def read_bytes(
+    path,  # of a file
+    most: int,  # bytes
+) -> bytes:
+    "What a file holds; of a larger one, a `ValueError` and no more than that is read."
+    with open(regular(path), "rb") as file:
+        data = file.read(2**16)  # room is made for all that is asked for, so most files are asked for little
+        if len(data) == 2**16:
+            data += file.read(most + 1 - len(data))
+    if len(data) > most:
+        raise ValueError(f"it is larger than {most // 2**20} MB")
+    return data
 
 
 def digest(

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .data import AevlpError, LabelledImages, nearest, regular, replacing, write_json
+from .data import AevlpError, LabelledImages, nearest, read_bytes, regular, replacing, write_json
 
 # %% ../nbs/16_outcome.ipynb #dc6a3dcc
 _LARGEST = 2**23  # bytes of a JSON file: names and numbers of some 50,000 classes
@@ -37,6 +37,9 @@ def _number(digits) -> int:
         raise ValueError(f"a number of {len(digits)} digits")
     return int(digits)
 
+
+_JSON = json.JSONDecoder(object_pairs_hook=_once, parse_int=_number)
+
 # %% ../nbs/16_outcome.ipynb #a8b75f11
 def read_json(
     path,  # of a file in a run's folder
@@ -44,11 +47,8 @@ def read_json(
 ) -> dict:  # {} where there is no such file
     "What a JSON file says, or a sentence on what is wrong with it."
     try:
-        with open(regular(path), "rb") as file:
-            data = file.read(_LARGEST + 1)
-        if len(data) > _LARGEST:
-            raise ValueError(f"it is larger than {_LARGEST // 2**20} MB")
-        found = json.loads(data.decode(), object_pairs_hook=_once, parse_int=_number)
+        data = read_bytes(path, _LARGEST)
+        found = _JSON.decode(data.decode())
         if rb"\u" in data:
             json.dumps(found, ensure_ascii=False).encode()  # half a character cannot be shown
     except FileNotFoundError:
@@ -194,30 +194,30 @@ def about(
     return found
 
 # %% ../nbs/16_outcome.ipynb #d9653e9d
+_BY_CLASS = ("per_class", "per_class_positives", "per_class_auc_observed", "per_class_given")
+_NUMBERS = (
+    "test_map",
+    "val_map",
+    "best_epoch",
+    "epochs_run",
+    "average_precision",
+    "average_recall",
+    "clip_test_map",
+    "clip_val_map",
+    "fused_test_map",
+    "fused_val_map",
+    "fusion_weight",
+)
+_KINDS = dict.fromkeys(_NUMBERS, (int, float)) | dict.fromkeys((*_BY_CLASS, "test", "val"), dict)
+
+
 def metrics(
     run_dir,  # of a run
 ) -> dict:  # {} for a run that is not finished
     "What `metrics.json` says."
-    kinds = dict.fromkeys(
-        (
-            "test_map",
-            "val_map",
-            "best_epoch",
-            "epochs_run",
-            "average_precision",
-            "average_recall",
-            "clip_test_map",
-            "clip_val_map",
-            "fused_test_map",
-            "fused_val_map",
-            "fusion_weight",
-        ),
-        (int, float),
-    )
-    by_class = ("per_class", "per_class_positives", "per_class_auc_observed", "per_class_given")
-    kinds |= dict.fromkeys((*by_class, "test", "val"), dict)
-    found, path = read_json(Path(run_dir) / "metrics.json", kinds), Path(run_dir) / "metrics.json"
-    numbers = [(name, [value]) for key in by_class for name, value in (found.get(key) or {}).items()]
+    path = Path(run_dir) / "metrics.json"
+    found = read_json(path, _KINDS)
+    numbers = [(name, [value]) for key in _BY_CLASS for name, value in (found.get(key) or {}).items()]
     for key in ("test", "val"):
         for name, value in (found.get(key) or {}).items():
             if value is not None and not (isinstance(value, list) and len(value) == 3):

@@ -678,7 +678,7 @@ def _head_alone(overrides):
 # %% ../nbs/09_recipes.ipynb #f13e15a7
 @lru_cache
 def _resolve(dataset, method, fidelity, also=frozenset()):
-    "Settings that apply, last wins -> {field: (value, source)}."
+    "Settings that apply, last wins -> {field: (value, source)}, checked."
     if fidelity not in FIDELITIES:
         raise AevlpError(f"fidelity '{fidelity}' should be 'paper' or 'released'.")
     known = dataset in DATASETS
@@ -686,9 +686,11 @@ def _resolve(dataset, method, fidelity, also=frozenset()):
     for s in SETTINGS:
         if s.applies(names, fidelity) and s.values[column] is not None:
             out[s.field] = (s.values[column], s.source if known else "as VOC: " + s.source)
-    return (
-        out if known else out | {k: (v, _OURS + ": small, for a set of unknown size") for k, v in _SMALL_MIME.items()}
-    )
+    if not known:
+        out |= {k: (v, _OURS + ": small, for a set of unknown size") for k, v in _SMALL_MIME.items()}
+    for k, (v, _) in out.items():
+        _check(k, v)
+    return out
 
 
 def estimates(data):  # a `LabelledImages`
@@ -717,8 +719,8 @@ def _sourced(dataset, method, fidelity, data, overrides):
     "{field: (value, source)} with estimates and overrides, checked."
     overrides = {k: _typed(k, v) for k, v in overrides.items()}
     out = dict(_resolve(dataset, method, fidelity, _head_alone(overrides)))
-    if data is not None and dataset not in DATASETS:
-        out |= {k: (v, "validation split") for k, v in estimates(data).items()}
+    estimated = estimates(data) if data is not None and dataset not in DATASETS else {}
+    out |= {k: (v, "validation split") for k, v in estimated.items()}
     backbone = overrides.get("backbone", out["backbone"][0])
     if fidelity == "released" and not backbone.startswith(("resnet50", "glyphnet", "frozen")):
         if backbone.startswith("convnext"):
@@ -726,8 +728,8 @@ def _sourced(dataset, method, fidelity, data, overrides):
         else:
             out["train_head"] = (False, "AEVLP code (paper differs, item 6)")
     out |= {k: (v, "override") for k, v in overrides.items()}
-    for k, (v, _) in out.items():
-        _check(k, v)
+    for k in estimated | overrides:
+        _check(k, out[k][0])
     for k in ("features", "frozen_hidden"):
         if out[k][0] and backbone != "frozen":
             raise AevlpError(f"{k}={out[k][0]} is of a frozen backbone; set backbone=frozen too.")

@@ -22,6 +22,7 @@ from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from datetime import UTC, datetime
 from functools import lru_cache
+from itertools import repeat
 from pathlib import Path
 
 import psutil
@@ -29,7 +30,7 @@ import yaml
 
 import aevlp
 from . import datasets, outcome, ready, recipes, registry
-from .data import AevlpError, _checkout, nearest, write_text
+from .data import AevlpError, _checkout, nearest, read_bytes, write_text
 
 # %% ../nbs/28_runs.ipynb #eda3eb96
 class RunFailed(AevlpError):
@@ -223,12 +224,12 @@ _STATUS = dict(
 
 def status(
     folder,  # of a run
+    said: dict | None = None,  # its `status.json`, where that is read already
 ) -> dict:  # 'state': 'new', 'running', 'interrupted', 'done' or 'failed', and what is known of it
     "How far a run is; one whose process was killed is 'interrupted'."
     folder = Path(folder)
-    said = {"state": "new"} | {
-        k: v for k, v in json_or_empty(folder / "status.json").items() if isinstance(v, _STATUS.get(k, object))
-    }
+    said = json_or_empty(folder / "status.json") if said is None else said
+    said = {"state": "new"} | {k: v for k, v in said.items() if isinstance(v, _STATUS.get(k, object))}
     if said["state"] not in STATES:
         said["state"] = "new"
     if said["state"] == "running" and said.get("host") == HOST and not alive(said.get("process")):
@@ -335,42 +336,61 @@ class _Plain:
             yield event, self.value(event, depth + 1)
 
 # %% ../nbs/28_runs.ipynb #1785b43b
-def _document(events):
+def _document(events, depth):
     "The one document of a YAML file."
     event = next(e for e in events if not isinstance(e, (yaml.StreamStartEvent, yaml.DocumentStartEvent)))
-    value = None if isinstance(event, yaml.StreamEndEvent) else _Plain(events).value(event, 0)
+    value = None if isinstance(event, yaml.StreamEndEvent) else _Plain(events).value(event, depth)
     if any(isinstance(e, yaml.DocumentStartEvent) for e in events):
         raise ValueError("it holds more than one document")
     return value
 
 
-def _whole(text):
-    "The value of a YAML document."
+def _whole(text, depth=0):
+    "The value of a YAML document, which stands so many levels deep."
     loader = _YAML(text)
     try:
-        return _document(iter(loader.get_event, None))
+        return _document(iter(loader.get_event, None), depth)
     finally:
         loader.dispose()
 
 
-_part = lru_cache(1000)(_whole)
-_BEGINS = re.compile(r"^(?=[A-Za-z_]\w*:[ \n])", re.MULTILINE)  # a key of the outermost mapping
-_TOGETHER = re.compile(r"[&*]|<<|\.\.\.")  # aliases, merges, ends of documents: not to be read in parts
+_TOGETHER = ("&", "*", "<<", "...")  # aliases, merges, ends of documents: not to be read in parts
+_KEYS = [re.compile(rf"\n(?={indent}[A-Za-z_]\w*:[ \n])") for indent in ("", "  ")]  # of a mapping, of one in it
+_HOLDS = re.compile(r"\w+:\n(?=  [A-Za-z_]\w*:[ \n])")
+
+
+@lru_cache(10_000)
+def _item(text, depth=0):
+    "A key and its value."
+    said = _whole(text + "\n", depth)
+    if not isinstance(said, dict) or len(said) != 1:
+        raise ValueError(f"{text!r} is not one key with a value")
+    return said.popitem()
 
 # %% ../nbs/28_runs.ipynb #59161dc5
 def _copied(value):
+    "Its lists and dicts anew."
     if isinstance(value, dict):
-        return {k: _copied(v) for k, v in value.items()}
+        return {k: _copied(v) if isinstance(v, (dict, list)) else v for k, v in value.items()}
     return [_copied(v) for v in value] if isinstance(value, list) else value
 
 
+def _items(text) -> dict:
+    "A mapping, and the mappings in it, item by item."
+    found = {}
+    for part in _KEYS[0].split(text):
+        holds = _HOLDS.match(part)
+        key, value = _item(holds[0] if holds else part)
+        found[key] = dict(map(_item, _KEYS[1].split(part[holds.end() :]), repeat(1))) if holds else value
+    return _copied(found)
+
+
 def _values(text):
-    "The value of a YAML document; keys that many files say alike, as runs of a sweep do, are read once."
-    if len(text) < 20_000 and _BEGINS.match(text) and not _TOGETHER.search(text):
+    "The value of a YAML document; what many files say alike, as runs of a sweep do, is read once."
+    alike = len(text) < 20_000 and text.endswith("\n") and not any(mark in text for mark in _TOGETHER)
+    if alike and _KEYS[0].match("\n" + text):
         with suppress(yaml.YAMLError, ValueError, TypeError):  # what is wrong, and where, the whole says
-            parts = [_part(part) for part in _BEGINS.split(text) if part]
-            if all(isinstance(part, dict) for part in parts):
-                return {k: _copied(v) for part in parts for k, v in part.items()}
+            return _items(text.removesuffix("\n"))
     return _whole(text)
 
 # %% ../nbs/28_runs.ipynb #822fa0e2
@@ -381,16 +401,12 @@ def read_yaml(
     if not path.is_file():
         raise FileNotFoundError(path)
     try:
-        with open(path, "rb") as file:
-            data = file.read(_YAML_BYTES + 1)
-        if len(data) > _YAML_BYTES:
-            raise ValueError(f"it is larger than {_YAML_BYTES // 2**20} MB")
-        return _values(data.decode())
+        return _values(read_bytes(path, _YAML_BYTES).decode())
     except (yaml.YAMLError, ValueError, TypeError, OSError) as e:  # TypeError: a key that is a list, a merge of no keys
         raise AevlpError(f"{path} is not plain YAML: {' '.join(str(e).split())}") from None
 
 # %% ../nbs/28_runs.ipynb #bd3b8763
-_TEXT, _MAYBE = (str,), (str, type(None))
+_TEXT, _MAYBE, _PLAIN = (str,), (str, type(None)), {str, int, float, bool, type(None)}
 _PARAMS = dict(
     dataset=_TEXT,
     method=_TEXT,
@@ -429,9 +445,9 @@ def read_params(
         raise AevlpError(f"{path} does not hold the parameters of a run; delete the folder")
     recipe = params["recipe"] if isinstance(params["recipe"], dict) else {}
     odd = [k for k, kinds in _PARAMS.items() if k in params and type(params[k]) not in kinds]
-    odd += [
-        k for k, v in recipe.items() if not isinstance(k, str) or type(v) not in (str, int, float, bool, type(None))
-    ]
+    odd += [k for k in recipe if not isinstance(k, str)]
+    if not set(map(type, recipe.values())) <= _PLAIN:
+        odd += [k for k, v in recipe.items() if type(v) not in _PLAIN]
     if not _is_json(params):
         odd += [k for k, v in params.items() if not isinstance(k, str) or not _is_json(v)]
     if odd:

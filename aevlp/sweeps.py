@@ -12,6 +12,7 @@ import math
 import os
 import reprlib
 import signal
+import stat
 import sys
 import tempfile
 import threading
@@ -189,8 +190,11 @@ def expand(
 
 # %% ../nbs/31_sweeps.ipynb #f1e07e40
 def _megabytes(folder) -> float:
-    files = (os.path.join(where, name) for where, _, names in os.walk(folder) for name in names)
-    return sum(os.path.getsize(f) for f in files if os.path.isfile(f)) / 1e6
+    files, found = (os.path.join(where, name) for where, _, names in os.walk(folder) for name in names), []
+    for path in files:
+        with suppress(OSError):  # a link to nothing; a file that a run has just put away
+            found.append(os.stat(path))
+    return sum(f.st_size for f in found if stat.S_ISREG(f.st_mode)) / 1e6
 
 
 def estimate(
@@ -200,10 +204,12 @@ def estimate(
     "Which runs of a plan are done, and what the others are likely to take, from runs of the same kind."
     runs, plan = Path(runs or runs_root()), plan.drop_duplicates("run")
     found = frame(runs)
-    ended = found[found.state == "done"]
-    ended = ended.assign(size=[_megabytes(f) for f in ended.get("folder", [])]) if len(ended) else ended
     states = dict(zip(found.run, found.state, strict=True))
-
+    table = plan[["label", "dataset", "method", "seed", "run"]].copy()
+    table["state"] = [states.get(run, "new") for run in plan.run]
+    open_ = table.state != "done"
+    ended = found[(found.state == "done") & open_.any()]  # what none is judged by is not measured
+    ended = ended.assign(size=[_megabytes(f) for f in ended.get("folder", [])]) if len(ended) else ended
     known = {}  # of one method on one data set, else of the data set
     for by in (["dataset"], ["dataset", "method"]) if len(ended) else ():
         known |= {key: group[["wall", "size"]].mean() for key, group in ended.groupby(by)}
@@ -212,9 +218,6 @@ def estimate(
         found = known.get((row.dataset, row.method), known.get((row.dataset,)))
         return float("nan") if found is None else found[column]
 
-    table = plan[["label", "dataset", "method", "seed", "run"]].copy()
-    table["state"] = [states.get(run, "new") for run in plan.run]
-    open_ = table.state != "done"
     table["seconds"] = [typical(r, "wall") if o else 0.0 for r, o in zip(plan.itertuples(), open_, strict=True)]
     table["megabytes"] = [typical(r, "size") if o else 0.0 for r, o in zip(plan.itertuples(), open_, strict=True)]
     return table

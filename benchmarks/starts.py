@@ -24,11 +24,12 @@ def finished(folder, count):
     """So many folders of finished runs; the sweep that would make them."""
     about = runs.provenance()
     for method in METHODS:
-        text = yaml.safe_dump(runs.run_params("glyphs", method) | about)
         for seed in range(count // len(METHODS)):
-            made = Path(folder) / runs.run_name(runs.run_params("glyphs", method, seed=seed))
+            params = runs.run_params("glyphs", method, seed=seed)
+            made = Path(folder) / runs.run_name(params)
             made.mkdir(parents=True)
-            (made / "params.yaml").write_text(text.replace("\nseed: 0\n", f"\nseed: {seed}\n"))
+            text = yaml.dump(params | about, Dumper=yaml.CSafeDumper, sort_keys=False)
+            (made / "params.yaml").write_text(text)
             (made / "metrics.json").write_text(json.dumps(dict(test_map=60.0, val_map=61.0, per_class={"cup": 50.0})))
             (made / "status.json").write_text(json.dumps(dict(state="done", seconds=10.0)))
             (made / "history.csv").write_text("epoch,loss,val_map,seconds\n1,0.5,60.0,5.0\n2,0.4,61.0,5.0\n")

@@ -90,7 +90,7 @@ block: |
 
 
 WORDS = ["a:", "b:", "3:", "x", "- x", "1.5", "'", '"', "[", "]", "{", "}", "{c: 2}", "|", ">-", "<<:", "&e", "*e"]
-WORDS += ["---", "...", "#", "!!str", "?", "2020-01-01", "yes", "\t", "\r", "\x85", "\u2028"]
+WORDS += ["---", "...", "#", "!!str", "?", "2020-01-01", "yes", "\t", "\r", "\x85", "\u2028", "%", "yes:", "|+"]
 
 
 @given(st.lists(st.tuples(st.integers(0, 2), st.lists(st.sampled_from(WORDS), min_size=1, max_size=4)), max_size=6))
@@ -98,6 +98,10 @@ WORDS += ["---", "...", "#", "!!str", "?", "2020-01-01", "yes", "\t", "\r", "\x8
 @example([(0, ["a:", "x"]), (0, ["..."]), (0, ["b:", "x"])])  # two documents
 @example([(0, ["a:", "|"]), (1, ["b:", "x"]), (0, ["b:", "x"])])
 @example([(0, ["b:", "'"]), (0, ["a:", "'"])])  # a text of two lines
+@example([(0, ["a:"]), (2, ["b:", "1.5"]), (2, ["a:", "x"]), (2, ["b:", "yes"]), (0, ["b:", "x"])])  # one in one
+@example([(0, ["a:"]), (2, ["b:", "|+"]), (4, ["x"]), (0, []), (2, ["a:", "x"])])  # empty lines are of a text
+@example([(0, ["a:"]), (2, ["b:", '"']), (2, ["a:", '"'])])
+@example([(0, ["a:"]), (2, ["b:", "x"]), (1, ["a:", "x"])])  # neither in it nor after it
 @settings(deadline=None)
 def test_a_mapping_read_in_parts_is_what_the_whole_is(lines):
     """Line after line of any words: the same value, or an error in both."""
