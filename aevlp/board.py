@@ -185,10 +185,11 @@ def _row(folder) -> dict:
         params = read_params(folder)
     except AevlpError as e:
         return dict(run=folder.name, state="unreadable", error=str(e), folder=str(folder))
-    measured, said, error = {}, {}, json_or_empty(folder / "error.json").get("error")
+    measured, said = {}, {}
     try:
         said = outcome.read_json(folder / "status.json")
         measured, said = _measured(folder), status(folder, said)
+        error = None if said["state"] == "done" else json_or_empty(folder / "error.json").get("error")
     except AevlpError as e:
         said, error = status(folder, said) | {"state": "unreadable"}, str(e)
     observation = params.get("observation")
@@ -258,7 +259,8 @@ def differing(
     for field in (*recipes.FIELDS, "fidelity", "observation"):
         if field not in known or (field == "view_seed" and (known[field] == known.seed).all()):
             continue
-        values = known[field].dropna().astype(str)
+        values = known[field].dropna()
+        values = values.astype(str) if values.dtype == object else values
         if values.nunique() < 2:
             continue
         within = values.groupby([known.dataset, known.method]).nunique()

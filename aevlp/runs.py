@@ -445,9 +445,8 @@ def read_params(
         raise AevlpError(f"{path} does not hold the parameters of a run; delete the folder")
     recipe = params["recipe"] if isinstance(params["recipe"], dict) else {}
     odd = [k for k, kinds in _PARAMS.items() if k in params and type(params[k]) not in kinds]
-    odd += [k for k in recipe if not isinstance(k, str)]
-    if not set(map(type, recipe.values())) <= _PLAIN:
-        odd += [k for k, v in recipe.items() if type(v) not in _PLAIN]
+    if not set(map(type, recipe)) <= {str} or not set(map(type, recipe.values())) <= _PLAIN:
+        odd += [k for k, v in recipe.items() if not isinstance(k, str) or type(v) not in _PLAIN]
     if not _is_json(params):
         odd += [k for k, v in params.items() if not isinstance(k, str) or not _is_json(v)]
     if odd:
