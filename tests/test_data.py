@@ -555,6 +555,20 @@ def test_the_nearest_name_is_named_however_far_it_is():
 # --- files
 
 
+def test_a_file_that_is_too_large_is_not_read(tmp_path):
+    most = 3 * 2**20 // 2
+    for size in (0, 1, most):
+        (tmp_path / "a").write_bytes(os.urandom(size))
+        assert module.read_bytes(tmp_path / "a", most) == (tmp_path / "a").read_bytes()
+    with open(tmp_path / "a", "wb") as file:
+        file.truncate(2**43)  # of no bytes on the disk; nobody has memory for them
+    with pytest.raises(ValueError, match="^it is larger than 1.5 MB$"):
+        module.read_bytes(tmp_path / "a", most)
+    (tmp_path / "a").write_bytes(bytes(most + 1))
+    with pytest.raises(ValueError, match="^it is larger than 1.5 MB$"):
+        module.read_bytes(tmp_path / "a", most)
+
+
 def test_a_file_takes_the_old_one_s_place_when_it_is_whole_and_on_the_disk(tmp_path, monkeypatch):
     path, did = tmp_path / "a.json", []
     fsync, put = os.fsync, os.replace
