@@ -114,7 +114,7 @@ def servers(folder):
         for name, command in commands.items()
     }  # fmt: skip
     try:
-        end = time.monotonic() + 120
+        end = time.monotonic() + 300
         while not all(answers(url) for url in alive.values()):
             dead = [n for n, p in running.items() if p.poll() is not None]
             said = [(folder / f"{n}.log").read_text()[-2000:] for n in logs]

@@ -33,10 +33,10 @@ def call(capsys, *arguments):
 
 def test_help_fits_a_screen_comes_at_once_and_has_no_colour_in_a_pipe():
     script = (
-        "import sys, time; t = time.process_time(); from aevlp import cli\n"
+        "import sys; from aevlp import cli\n"
         "try: cli.main(['--help'])\n"
         "except SystemExit: pass\n"
-        "assert 'torch' not in sys.modules and time.process_time() - t < 1"
+        "assert not {'torch', 'pandas', 'numpy'} & set(sys.modules)"
     )
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, env=os.environ | {"COLUMNS": "80"}
@@ -52,9 +52,9 @@ HEAVY = {"torch", "torchvision", "open_clip", "timm", "accelerate", "scipy", "ma
 @pytest.mark.parametrize("command", ["methods", "recipe voc gr", "results", "sweep table1 --dry-run", "train --help"])
 def test_a_table_is_printed_without_importing_what_trains(tmp_path, command):
     script = (
-        f"import sys, time; t = time.process_time(); from aevlp import cli\ntry: cli.main({command.split()})\n"
+        f"import sys; from aevlp import cli\ntry: cli.main({command.split()})\n"
         "except SystemExit as e: assert not e.code\n"
-        f"assert not {HEAVY} & set(sys.modules), {HEAVY} & set(sys.modules)\nassert time.process_time() - t < 1"
+        f"assert not {HEAVY} & set(sys.modules), {HEAVY} & set(sys.modules)"
     )
     known = os.environ | {"AEVLP_RUNS": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=known)
