@@ -12,7 +12,6 @@ import math
 import os
 import reprlib
 import signal
-import stat
 import sys
 import tempfile
 import threading
@@ -190,11 +189,8 @@ def expand(
 
 # %% ../nbs/31_sweeps.ipynb #f1e07e40
 def _megabytes(folder) -> float:
-    files, found = (os.path.join(where, name) for where, _, names in os.walk(folder) for name in names), []
-    for path in files:
-        with suppress(OSError):  # a link to nothing; a file that a run has just put away
-            found.append(os.stat(path))
-    return sum(f.st_size for f in found if stat.S_ISREG(f.st_mode)) / 1e6
+    files = (os.path.join(where, name) for where, _, names in os.walk(folder) for name in names)
+    return sum(os.path.getsize(f) for f in files if os.path.isfile(f)) / 1e6
 
 
 def estimate(
